@@ -1,0 +1,23 @@
+"""The C++ and CUDA kernels: one shared object that registers itself with the dispatcher when it is imported."""
+
+from __future__ import annotations
+
+_BUILD = "Build it with: pip install --no-build-isolation -e ."
+
+try:
+    from aliasfused import _C
+
+    _INFO: dict[str, str] = dict(item.split("=", 1) for item in _C.info().split(";"))
+    _ERROR = ""
+except ImportError as error:
+    _INFO, _ERROR = {}, f"its shared object could not be loaded ({error})"
+
+
+def status(device: str) -> tuple[str, str, str]:
+    """Detail (instruction sets, architectures), reason why not, remedy."""
+    if _ERROR:
+        return "", _ERROR, _BUILD
+    detail = _INFO[device]
+    if not detail:
+        return "", "this build has no CUDA kernels (nvcc was not found when it was built)", f"Install nvcc and build again. {_BUILD}"
+    return detail, "", ""

@@ -1,0 +1,135 @@
+"""The truth, and the baseline.
+
+The truth writes each axis as a dense float64 matrix, so that the adjoint is a transpose and is never derived twice.
+The baseline is what everybody runs without this library, F.pad and a depthwise F.conv2d: the benchmark's peer, and the form
+in which the op leaves PyTorch (ONNX, TorchScript).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import List  # noqa: UP035  (TorchScript reads these annotations)
+
+import torch
+import torch.nn.functional as F
+
+
+def _source(t: torch.Tensor, n: int, pad_mode: str) -> torch.Tensor:
+    """Index of x shown at position t of the extended axis; -1 where that is zero."""
+    if pad_mode == "reflect":
+        period = max(2 * (n - 1), 1)
+        t = t.remainder(period)
+        return torch.minimum(t, period - t)
+    if pad_mode == "replicate":
+        return t.clamp(0, n - 1)
+    if pad_mode == "circular":
+        return t.remainder(n)
+    return torch.where((t >= 0) & (t < n), t, -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _selection(n: int, before: int, after: int, k: int, stride: int, pad_mode: str) -> torch.Tensor:
+    """(k, out, in) of zeros and ones: tap p of output o reads input h."""
+    out = (n + before + after - k) // stride + 1
+    index = _source(torch.arange(k)[:, None] + stride * torch.arange(out) - before, n, pad_mode)
+    return (index[..., None] == torch.arange(n)).double()
+
+
+def _axes(shape, size_h, size_w, stride, padding, pad_mode, device):
+    left, right, top, bottom = padding
+    rows = _selection(int(shape[-2]), top, bottom, size_h, stride[0], pad_mode)
+    cols = _selection(int(shape[-1]), left, right, size_w, stride[1], pad_mode)
+    return rows.to(device), cols.to(device)
+
+
+def _matrix(taps, selection: torch.Tensor) -> torch.Tensor:
+    """(1, out, in), or (C, out, in) for taps per channel."""
+    taps = torch.as_tensor(taps, dtype=torch.float64, device=selection.device).view(-1, selection.shape[0])
+    return torch.tensordot(taps, selection, 1)
+
+
+def _like(value: torch.Tensor, x: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(value.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return out.copy_(value)
+
+
+def blur_pool_fwd(x, taps_h, taps_w, stride, padding, pad_mode):
+    sizes = torch.as_tensor(taps_h).shape[-1], torch.as_tensor(taps_w).shape[-1]
+    rows, cols = _axes(x.shape, *sizes, stride, padding, pad_mode, x.device)
+    y = _matrix(taps_h, rows) @ x.double() @ _matrix(taps_w, cols).mT
+    return _like(y, x, torch._prims_common.suggest_memory_format(x) is torch.channels_last)
+
+
+def blur_pool_bwd(dy, taps_h, taps_w, stride, padding, pad_mode, H, W, channels_last):
+    sizes = torch.as_tensor(taps_h).shape[-1], torch.as_tensor(taps_w).shape[-1]
+    rows, cols = _axes((H, W), *sizes, stride, padding, pad_mode, dy.device)
+    dx = _matrix(taps_h, rows).mT @ dy.double() @ _matrix(taps_w, cols)
+    return _like(dx, dy, channels_last)
+
+
+blur_pool_taps_fwd = blur_pool_fwd
+blur_pool_taps_bwd = blur_pool_bwd
+
+
+def blur_pool_taps_grad(dy, x, other, axis, size, stride, padding, pad_mode):
+    sizes = (size, other.shape[-1]) if axis == 0 else (other.shape[-1], size)
+    rows, cols = _axes(x.shape, *sizes, stride, padding, pad_mode, x.device)
+    dy, x = dy.double(), x.double()
+    if axis == 0:
+        blurred = x @ _matrix(other, cols).mT
+        grad = torch.einsum("ncij,pih,nchj->cp", dy, rows, blurred)
+    else:
+        blurred = _matrix(other, rows) @ x
+        grad = torch.einsum("ncij,qjw,nciw->cq", dy, cols, blurred)
+    return grad.to(other.dtype)
+
+
+def extend(x: torch.Tensor, padding: List[int], pad_mode: str, gather: bool = False) -> torch.Tensor:  # noqa: UP006
+    """x with its border: F.pad, or with ``gather`` an index lookup that also serves maps smaller than the pad."""
+    if max(padding) == 0:
+        return x
+    if pad_mode == "zeros":
+        return F.pad(x, padding)
+    if not gather:
+        return F.pad(x, padding, mode=pad_mode)
+    left, right, top, bottom = padding
+    for dim, before, after in ((-2, top, bottom), (-1, left, right)):
+        n = x.shape[dim]
+        t = torch.arange(n + before + after, device=x.device) - before
+        if pad_mode == "reflect":
+            period = torch.sym_max(2 * (n - 1), 1)
+            t = t.remainder(period)
+            t = torch.minimum(t, period - t)
+        elif pad_mode == "replicate":
+            t = t.clamp(0, n - 1)
+        else:
+            t = t.remainder(n)
+        x = x.index_select(dim, t)
+    return x
+
+
+def unfused(
+    x: torch.Tensor,
+    taps_h: List[float],  # noqa: UP006
+    taps_w: List[float],  # noqa: UP006
+    stride: List[int],  # noqa: UP006
+    padding: List[int],  # noqa: UP006
+    pad_mode: str,
+) -> torch.Tensor:
+    """The blur as pad and depthwise convolution, from numbers."""
+    h = torch.tensor(taps_h, dtype=torch.float64, device=x.device)
+    w = torch.tensor(taps_w, dtype=torch.float64, device=x.device)
+    kernel = (h[:, None] * w).to(x.dtype).expand(x.shape[1], 1, len(taps_h), len(taps_w))
+    return F.conv2d(extend(x, padding, pad_mode), kernel, stride=stride, groups=x.shape[1])
+
+
+def unfused_taps(x, taps_h, taps_w, stride, padding, pad_mode):
+    """The blur as pad and depthwise convolution, from (C, k) tensors of taps."""
+    kernel = (taps_h[:, :, None] * taps_w[:, None, :]).to(x.dtype)
+    return F.conv2d(extend(x, padding, pad_mode), kernel[:, None], stride=stride, groups=x.shape[1])
+
+
+def status(device: str) -> tuple[str, str, str]:
+    """Detail, reason why not, remedy: this backend runs wherever PyTorch does."""
+    return "float64 matrices", "", ""

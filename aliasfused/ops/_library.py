@@ -1,0 +1,108 @@
+"""What every op room shares: the schema library, fakes, memory formats, and autograd for multilinear ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+library = torch.library.Library("aliasfused", "DEF")
+
+
+def define(schema: str, fake: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Declare ``aliasfused::<schema>`` with the function that computes its output's shape, and return the op."""
+    name = schema.partition("(")[0]
+    library.define(schema)
+    torch.library.register_fake(f"aliasfused::{name}", fake, lib=library)
+    return getattr(torch.ops.aliasfused, name).default
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    return x.dim() == 4 and suggest_memory_format(x) is torch.channels_last
+
+
+def empty(x: torch.Tensor, shape: tuple[int, ...], channels_last: bool) -> torch.Tensor:
+    """An uninitialised tensor like x of another shape, in the named memory format (4-D only)."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def wants_autograd(*tensors: torch.Tensor) -> bool:
+    """Whether a gradient, a forward tangent or a functorch transform may be looking at the result."""
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def multilinear(
+    op: Callable[..., torch.Tensor],
+    tensors: int,
+    vjp: Callable[..., tuple[torch.Tensor | None, ...]],
+    vmap: Callable[..., tuple[torch.Tensor, int]],
+    keep: Callable[..., tuple[Any, ...]] = lambda *args: (),
+) -> Callable[..., torch.Tensor]:
+    """Autograd of every order for an op that is linear in each of its first ``tensors`` arguments.
+
+    1. Its reverse rule ``vjp(wanted, cotangent, saved, rest)`` is built from such ops again, so any order follows. ``saved``
+       holds the tensor arguments, and is empty for ``tensors == 1``: a linear map needs nothing for its backward.
+       ``rest`` is the other arguments followed by ``keep(*args)``, what the rule must know of the tensors' shapes.
+    2. Its forward rule is the sum of the op with one tensor argument replaced by that argument's tangent.
+    3. ``vmap(call, info, in_dims, *args)`` folds the mapped dimension into batch or channels.
+
+    There are two autograd Functions because of torch.compile: one that defines ``jvp`` breaks a full graph, and one that
+    dynamo looks into loses its backward under ``torch.func.grad``. While compiling, the Function without jvp is entered as
+    an opaque node.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> torch.Tensor:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            if tensors > 1:
+                ctx.save_for_backward(*inputs[:tensors])
+                ctx.save_for_forward(*inputs[:tensors])
+            ctx.rest = (*inputs[tensors:], *keep(*inputs))
+            ctx.arity = len(inputs)
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            grads = vjp(ctx.needs_input_grad, cotangent, ctx.saved_tensors, ctx.rest)
+            return (*grads, *(None,) * (ctx.arity - tensors))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
+            return vmap(call, info.batch_size, in_dims, *args)
+
+    class FunctionWithJvp(Function):
+        @staticmethod
+        def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+            rest = ctx.rest[: ctx.arity - tensors]
+            if tensors == 1:
+                return call(tangents[0], *rest)
+            primals = ctx.saved_tensors
+            terms = [
+                call(*primals[:i], tangent, *primals[i + 1 :], *rest)
+                for i, tangent in enumerate(tangents[:tensors])
+                if tangent is not None
+            ]
+            return sum(terms[1:], start=terms[0])
+
+    Function.__name__ = Function.__qualname__ = op._schema.name.replace("::", "_")  # type: ignore[attr-defined]
+
+    @torch.compiler.allow_in_graph
+    def in_graph(*args: Any) -> torch.Tensor:
+        return Function.apply(*args)
+
+    def call(*args: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return in_graph(*args)
+        if wants_autograd(*args[:tensors]):
+            return FunctionWithJvp.apply(*args)
+        return op(*args)
+
+    return call
