@@ -4,7 +4,8 @@
 #ifdef __CUDACC__
 #define HOST_DEVICE __host__ __device__
 #else
-#define HOST_DEVICE
+// Always inline: CPU kernels are compiled once per instruction set, and one out-of-line copy would serve them all.
+#define HOST_DEVICE __attribute__((always_inline))
 #endif
 
 namespace aliasfused {

@@ -19,6 +19,28 @@ enum class Border : int { reflect = 0, replicate = 1, zeros = 2, circular = 3 };
 HOST_DEVICE inline index_t floor_div(index_t a, index_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 HOST_DEVICE inline index_t floor_mod(index_t a, index_t b) { return a - b * floor_div(a, b); }
 
+// Index of x (of n positions) that position t of the extended axis shows; -1 where the extension is zero. In whichever
+// integer is wide enough: a kernel's inner loop may know that 32 bits are.
+template <typename int_t>
+HOST_DEVICE inline int_t extended_source(int_t t, int_t n, Border border) {
+  if (t >= 0 && t < n) return t;
+  switch (border) {
+    case Border::reflect: {
+      if (n == 1) return 0;
+      const int_t period = 2 * (n - 1), m = t % period, u = m < 0 ? m + period : m;
+      return u < n ? u : period - u;
+    }
+    case Border::replicate:
+      return t < 0 ? 0 : n - 1;
+    case Border::circular: {
+      const int_t m = t % n;
+      return m < 0 ? m + n : m;
+    }
+    default:
+      return -1;
+  }
+}
+
 struct Axis {
   index_t in;      // positions of x
   index_t out;     // positions of y
@@ -28,22 +50,7 @@ struct Axis {
   Border border;
 
   // Index of x that position t of the extended axis shows; -1 where the extension is zero.
-  HOST_DEVICE index_t source(index_t t) const {
-    if (t >= 0 && t < in) return t;
-    switch (border) {
-      case Border::reflect: {
-        if (in == 1) return 0;
-        const index_t m = floor_mod(t, 2 * (in - 1));
-        return m < in ? m : 2 * (in - 1) - m;
-      }
-      case Border::replicate:
-        return t < 0 ? 0 : in - 1;
-      case Border::circular:
-        return floor_mod(t, in);
-      default:
-        return -1;
-    }
-  }
+  HOST_DEVICE index_t source(index_t t) const { return extended_source(t, in, border); }
 
   // Positions of the extended axis that any output reads: first() <= t < last().
   HOST_DEVICE index_t first() const { return -before; }

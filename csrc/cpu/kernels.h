@@ -1,0 +1,32 @@
+// What the instruction sets offer to the rest of the library: the same functions, one namespace each.
+#pragma once
+
+#include "../blur_pool.h"
+
+namespace aliasfused {
+
+// Runs body(begin, end) over pieces of [0, items) on torch's threads.
+struct Parallel {
+  void (*run)(index_t items, index_t grain, void (*body)(index_t, index_t, const void*), const void* context);
+
+  template <typename Body>
+  HOST_DEVICE void operator()(index_t items, index_t grain, const Body& body) const {
+    run(items, grain, [](index_t begin, index_t end, const void* context) { (*static_cast<const Body*>(context))(begin, end); },
+        &body);
+  }
+};
+
+#define ALIASFUSED_CPU_KERNELS(isa)                        \
+  namespace isa {                                          \
+  void blur_pool(const BlurPool&, const Parallel&);        \
+  void taps_grad(const TapsGrad&, const Parallel&);        \
+  }
+
+ALIASFUSED_CPU_KERNELS(baseline)
+#if defined(__x86_64__)
+ALIASFUSED_CPU_KERNELS(avx2)
+ALIASFUSED_CPU_KERNELS(avx512)
+#endif
+#undef ALIASFUSED_CPU_KERNELS
+
+}  // namespace aliasfused

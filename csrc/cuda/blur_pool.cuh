@@ -1,0 +1,440 @@
+// Blur kernels in plain CUDA C++: nvcc compiles them, and g++ runs the same text under tests/emulation.
+//
+//   blur_any    every op, one thread a result, its windows walked by window.h
+//   blur_down   dst = D src   } stride 2, K taps known to the compiler: a thread owns a few results side by side (a `Lane`)
+//   blur_up     dst = D^T src } and slides down a strip of rows, so that a source row is filtered along the columns once
+//   taps_grad   gradient of the taps, one block a number
+//
+// Sums run in a fixed order and no result has two writers, so a repeated call gives the same bits.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../blur_pool.h"
+#include "launch.h"
+
+namespace aliasfused {
+
+// What happens to a pixel between its load and its filter; a border of zeros lies behind it.
+struct Identity {
+  template <typename acc>
+  HOST_DEVICE acc operator()(acc value, index_t /*channel*/) const {
+    return value;
+  }
+};
+
+// N neighbours in memory, moved by one instruction.
+template <typename scalar_t, int N>
+struct alignas(sizeof(scalar_t) * N) Pack {
+  scalar_t v[N];
+};
+
+HOST_DEVICE inline void round_pair(const float* a, float* to) { to[0] = a[0], to[1] = a[1]; }
+__device__ inline void round_pair(const float* a, __half* to) { *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a[0], a[1]); }
+__device__ inline void round_pair(const float* a, __nv_bfloat16* to) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a[0], a[1]);
+}
+
+template <int N, typename scalar_t>
+__device__ inline void store(const float (&value)[N], scalar_t* to) {
+  Pack<scalar_t, N> pack;
+  if constexpr (N == 1) {
+    pack.v[0] = static_cast<scalar_t>(value[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) round_pair(value + i, pack.v + i);
+  }
+  *reinterpret_cast<Pack<scalar_t, N>*>(to) = pack;
+}
+
+// ---- every op
+
+template <typename acc, int CAPACITY>
+struct SharedTaps {
+  acc h[CAPACITY], w[CAPACITY];
+  __device__ const acc* rows(index_t) const { return h; }
+  __device__ const acc* cols(index_t) const { return w; }
+};
+
+template <typename acc>
+struct ChannelTaps {
+  const acc *h, *w;
+  int size_h, size_w;
+  __device__ const acc* rows(index_t c) const { return h + c * size_h; }
+  __device__ const acc* cols(index_t c) const { return w + c * size_w; }
+};
+
+// index % size, leaving index / size behind; 64-bit division is slow and rarely needed.
+__device__ inline index_t split(index_t& index, index_t size) {
+  const index_t whole = index <= 0xffffffffLL && size <= 0xffffffffLL
+                            ? static_cast<index_t>(static_cast<uint32_t>(index) / static_cast<uint32_t>(size))
+                            : index / size;
+  const index_t rest = index - whole * size;
+  index = whole;
+  return rest;
+}
+
+template <typename scalar_t, bool ADJOINT, typename Taps, typename Pre>
+__global__ void __launch_bounds__(block_threads) blur_any(const __grid_constant__ BlurPool op, const __grid_constant__ Taps taps, const Pre pre) {
+  using acc = acc_t<scalar_t>;
+  const index_t height = ADJOINT ? op.rows.in : op.rows.out, width = ADJOINT ? op.cols.in : op.cols.out;
+  const bool channels_last = op.dst_stride.c < op.dst_stride.w;
+  index_t index = static_cast<index_t>(blockIdx.x) * block_threads + threadIdx.x, c = 0;
+  if (index >= op.batch * op.channels * height * width) return;
+  if (channels_last) c = split(index, op.channels);
+  const index_t w = split(index, width), h = split(index, height);
+  if (!channels_last) c = split(index, op.channels);
+
+  const Strides &s = op.src_stride, &d = op.dst_stride;
+  const scalar_t* src = static_cast<const scalar_t*>(op.src) + index * s.n + c * s.c;
+  const acc *taps_h = taps.rows(c), *taps_w = taps.cols(c);
+  acc sum = 0;
+  const auto add_row = [&](index_t row, int p) {
+    acc line = 0;
+    const auto add = [&](index_t col, int q) { line += taps_w[q] * pre(static_cast<acc>(src[row * s.h + col * s.w]), c); };
+    if constexpr (ADJOINT) op.cols.outputs_of(w, add);
+    else op.cols.inputs_of(w, add);
+    sum += taps_h[p] * line;
+  };
+  if constexpr (ADJOINT) op.rows.outputs_of(h, add_row);
+  else op.rows.inputs_of(h, add_row);
+  static_cast<scalar_t*>(op.dst)[index * d.n + c * d.c + h * d.h + w * d.w] = static_cast<scalar_t>(sum);
+}
+
+// ---- stride 2, K shared taps, 32-bit positions
+
+// Which results a thread owns: consecutive threads take `tile` neighbouring groups of channels, then the groups of columns,
+// so that whatever the layout and however small the map, blocks are full and a warp's addresses adjoin.
+struct Walk {
+  uint32_t tile, cols, tiles, strips, threads;
+  int begin, end, rows;  // the rows there are (for blur_up: pairs of rows), and how many a strip has
+
+  // False for threads beyond the last. Units of a lane's channels and columns; [first, last) are its strip's rows.
+  __device__ bool place(index_t& n, int& c, int& col, int& first, int& last) const {
+    uint32_t index = blockIdx.x * block_threads + threadIdx.x;
+    if (index >= threads) return false;
+    const uint32_t in_tile = index % tile;
+    index /= tile;
+    col = static_cast<int>(index % cols);
+    index /= cols;
+    c = static_cast<int>(index % tiles * tile + in_tile);
+    index /= tiles;
+    first = begin + static_cast<int>(index % strips) * rows;
+    last = first + rows < end ? first + rows : end;
+    n = index / strips;
+    return true;
+  }
+};
+
+template <int K>
+struct Taps {
+  float h[K], w[K];
+};
+
+// One axis of D^T as taps per position of x: position h is the sum over d of at(h)[d] times y[first(h) + d]. The K positions
+// at either end have rows of their own, into which their mirrored or repeated taps are folded.
+template <int K>
+struct Stencils {
+  static constexpr int size = K / 2 + 1;
+  static constexpr int lead = (K % 2 == 0) + 1 - size;  // an even filter reaches one more output at the far end
+  float row[2 * K + 2][size];
+  int in, before;
+
+  HOST_DEVICE int first(int h) const { return (h + before) / 2 + lead; }
+  HOST_DEVICE const float* at(int h) const { return row[h < K ? h : h >= in - K ? h - in + 2 * K : 2 * K + (h + before) % 2]; }
+
+  // False if some output lies outside these windows, as for wrapped borders and wide pads.
+  bool build(const Axis& axis, const float* taps) {
+    in = static_cast<int>(axis.in), before = static_cast<int>(axis.before);
+    bool fits = true;
+    for (int r = 0; r < 2 * K + 2; ++r)
+      for (int d = 0; d < size; ++d) row[r][d] = 0;
+    for (int parity = 0; parity < 2; ++parity)
+      for (int p = parity; p < K; p += 2) row[2 * K + parity][-lead - p / 2] = taps[p];
+    for (int h = 0; h < in; h = h + 1 == K && in - K > K ? in - K : h + 1)
+      axis.outputs_of(h, [&](index_t o, int p) {
+        const index_t d = o - first(h);
+        if (d < 0 || d >= size) fits = false;
+        else row[h < K ? h : h - in + 2 * K][d] += taps[p];
+      });
+    return fits;
+  }
+};
+
+__device__ inline int clamp(int position, int size) { return position < 0 ? 0 : position < size ? position : size - 1; }
+
+// Lanes. `load` fetches what the lane's results need of a source row, `filter` sums it along the columns.
+
+// V adjoining channels of one column, N terms each: NHWC, and with V = 1 any layout, in both directions.
+template <typename scalar_t, int N, int V>
+struct Channels {
+  static constexpr int values = V, columns = 1, channels = V, ahead = 1;
+  struct Raw {
+    Pack<scalar_t, V> x[N];
+  };
+  int offset[N];
+  float tap[N];
+
+  // A term that does not exist has tap 0 and stands on a neighbour.
+  template <int K>
+  __device__ Channels(const BlurPool& op, const Taps<K>& taps, int col) {
+    const int in = static_cast<int>(op.cols.in);
+#pragma unroll
+    for (int q = 0; q < N; ++q) {
+      const int t = 2 * col + q - static_cast<int>(op.cols.before), w = extended_source(t, in, op.cols.border);
+      tap[q] = w < 0 ? 0 : taps.w[q];
+      offset[q] = static_cast<int>((w < 0 ? clamp(t, in) : w) * op.src_stride.w);
+    }
+  }
+  template <int K>
+  __device__ Channels(const BlurPool& op, const Stencils<K>& stencils, int col) {
+    const float* row = stencils.at(col);
+#pragma unroll
+    for (int d = 0; d < N; ++d) {
+      tap[d] = row[d];
+      offset[d] = static_cast<int>(clamp(stencils.first(col) + d, static_cast<int>(op.cols.out)) * op.src_stride.w);
+    }
+  }
+
+  __device__ Raw load(const scalar_t* row) const {
+    Raw raw;
+#pragma unroll
+    for (int d = 0; d < N; ++d) raw.x[d] = *reinterpret_cast<const Pack<scalar_t, V>*>(row + offset[d]);
+    return raw;
+  }
+
+  template <typename Pre>
+  __device__ void filter(const Raw& raw, const Pre& pre, index_t c, float (&out)[V]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      out[v] = 0;
+#pragma unroll
+      for (int d = 0; d < N; ++d) out[v] += tap[d] * pre(static_cast<float>(raw.x[d].v[v]), c + v);
+    }
+  }
+};
+
+// NCHW forward: P adjoining outputs of a row. Their 2P inputs are one aligned load; the K - 2 beyond are remapped one by one.
+template <typename scalar_t, int K, int P>
+struct RowDown {
+  static constexpr int values = P, columns = P, channels = 1, ahead = 2;
+  static constexpr int left = (K - 1) / 2, halo = K - 2;
+  struct Raw {
+    Pack<scalar_t, 2 * P> middle;
+    scalar_t side[halo + 1];
+  };
+  int offset, side[halo + 1];
+  float tap[K];
+
+  __device__ RowDown(const BlurPool& op, const Taps<K>& taps, int col) : offset(2 * col) {
+#pragma unroll
+    for (int i = 0; i < halo; ++i)
+      side[i] = extended_source(offset - left + i + (i < left ? 0 : 2 * P), static_cast<int>(op.cols.in), op.cols.border);
+#pragma unroll
+    for (int q = 0; q < K; ++q) tap[q] = taps.w[q];
+  }
+
+  __device__ Raw load(const scalar_t* row) const {
+    Raw raw;
+    raw.middle = *reinterpret_cast<const Pack<scalar_t, 2 * P>*>(row + offset);
+#pragma unroll
+    for (int i = 0; i < halo; ++i) raw.side[i] = row[side[i] < 0 ? 0 : side[i]];
+    return raw;
+  }
+
+  template <typename Pre>
+  __device__ void filter(const Raw& raw, const Pre& pre, index_t c, float (&out)[P]) const {
+    float x[2 * P + halo];
+#pragma unroll
+    for (int i = 0; i < 2 * P; ++i) x[left + i] = pre(static_cast<float>(raw.middle.v[i]), c);
+#pragma unroll
+    for (int i = 0; i < halo; ++i)
+      x[i < left ? i : i + 2 * P] = side[i] < 0 ? 0 : pre(static_cast<float>(raw.side[i]), c);
+#pragma unroll
+    for (int v = 0; v < P; ++v) {
+      out[v] = 0;
+#pragma unroll
+      for (int q = 0; q < K; ++q) out[v] += tap[q] * x[2 * v + q];
+    }
+  }
+};
+
+// NCHW adjoint: P even and P odd columns of dx side by side, one aligned store, from the few dy they share.
+template <typename scalar_t, int K, int P>
+struct RowUp {
+  static constexpr int values = 2 * P, columns = 2 * P, channels = 1, ahead = 1;
+  static constexpr int left = (K - 1) / 2, size = Stencils<K>::size;
+  static constexpr int step(int e) { return (e + left) / 2 - left / 2; }  // how far column e's window is from column 0's
+  static constexpr int reads = step(2 * P - 1) + size;
+  struct Raw {
+    scalar_t y[reads];
+  };
+  int offset[reads];
+  float tap[2 * P][size];
+
+  __device__ RowUp(const BlurPool& op, const Stencils<K>& stencils, int col) {
+#pragma unroll
+    for (int i = 0; i < reads; ++i)
+      offset[i] = static_cast<int>(clamp(stencils.first(col) + i, static_cast<int>(op.cols.out)) * op.src_stride.w);
+#pragma unroll
+    for (int e = 0; e < 2 * P; ++e) {
+      const float* row = stencils.at(col + e);
+#pragma unroll
+      for (int d = 0; d < size; ++d) tap[e][d] = row[d];
+    }
+  }
+
+  __device__ Raw load(const scalar_t* row) const {
+    Raw raw;
+#pragma unroll
+    for (int i = 0; i < reads; ++i) raw.y[i] = row[offset[i]];
+    return raw;
+  }
+
+  template <typename Pre>
+  __device__ void filter(const Raw& raw, const Pre& pre, index_t c, float (&out)[2 * P]) const {
+    float y[reads];
+#pragma unroll
+    for (int i = 0; i < reads; ++i) y[i] = pre(static_cast<float>(raw.y[i]), c);
+#pragma unroll
+    for (int e = 0; e < 2 * P; ++e) {
+      out[e] = 0;
+#pragma unroll
+      for (int d = 0; d < size; ++d) out[e] += tap[e][d] * y[step(e) + d];
+    }
+  }
+};
+
+template <typename scalar_t, int K, typename Lane, typename Pre>
+__global__ void __launch_bounds__(block_threads)
+    blur_down(const __grid_constant__ BlurPool op, const __grid_constant__ Taps<K> taps, const __grid_constant__ Walk walk, const Pre pre) {
+  constexpr int M = (K + 1) / 2, V = Lane::values, AHEAD = Lane::ahead;  // M outputs have a pair of rows in common
+  index_t n;
+  int c, col, begin, end;
+  if (!walk.place(n, c, col, begin, end)) return;
+  c *= Lane::channels, col *= Lane::columns;
+  const int in = static_cast<int>(op.rows.in), before = static_cast<int>(op.rows.before);
+  const Strides &s = op.src_stride, &d = op.dst_stride;
+  const scalar_t* __restrict__ src = static_cast<const scalar_t*>(op.src) + n * s.n + c * s.c;
+  scalar_t* __restrict__ dst = static_cast<scalar_t*>(op.dst) + n * d.n + c * d.c + col * d.w + begin * d.h;
+  const Lane lane(op, taps, col);
+
+  float sum[M][V] = {};  // sum[a]: the output begun a pairs of rows ago
+  for (int i = begin; i < end + M - 1; i += AHEAD) {
+    typename Lane::Raw raw[2 * AHEAD];
+    bool live[2 * AHEAD];
+#pragma unroll
+    for (int r = 0; r < 2 * AHEAD; ++r) {
+      const int row = extended_source(2 * i + r - before, in, op.rows.border);
+      live[r] = row >= 0;
+      raw[r] = lane.load(src + (live[r] ? row : 0) * s.h);
+    }
+#pragma unroll
+    for (int b = 0; b < AHEAD; ++b) {
+      float x[2][V];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        lane.filter(raw[2 * b + r], pre, c, x[r]);
+#pragma unroll
+        for (int v = 0; v < V; ++v) x[r][v] = live[2 * b + r] ? x[r][v] : 0;
+      }
+#pragma unroll
+      for (int a = M - 1; a >= 0; --a)
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          float t = taps.h[2 * a] * x[0][v];
+          if (a > 0) t += sum[a > 0 ? a - 1 : 0][v];
+          if (2 * a + 1 < K) t += taps.h[2 * a + 1 < K ? 2 * a + 1 : 0] * x[1][v];
+          sum[a][v] = t;
+        }
+      const int o = i + b - (M - 1);
+      if (o >= begin && o < end) {
+        store(sum[M - 1], dst);
+        dst += d.h;
+      }
+    }
+  }
+}
+
+template <typename scalar_t, int K, typename Lane, typename Pre>
+__global__ void __launch_bounds__(block_threads)
+    blur_up(const __grid_constant__ BlurPool op, const __grid_constant__ Stencils<K> rows, const __grid_constant__ Stencils<K> cols,
+            const __grid_constant__ Walk walk, const Pre pre) {
+  constexpr int V = Lane::values, N = Stencils<K>::size;
+  index_t n;
+  int c, col, begin, end;
+  if (!walk.place(n, c, col, begin, end)) return;
+  c *= Lane::channels, col *= Lane::columns;
+  const int out = static_cast<int>(op.rows.out);
+  const Strides &s = op.src_stride, &d = op.dst_stride;
+  const scalar_t* __restrict__ src = static_cast<const scalar_t*>(op.src) + n * s.n + c * s.c;
+  scalar_t* __restrict__ dst = static_cast<scalar_t*>(op.dst) + n * d.n + c * d.c + col * d.w;
+  const Lane lane(op, cols, col);
+
+  // Rows 2 i - before and its successor read the same N rows of y, the filtered `window`; the next one is on its way.
+  float window[N][V] = {};
+  int o = begin + Stencils<K>::lead;
+  typename Lane::Raw next = lane.load(src + clamp(o, out) * s.h);
+  for (int i = begin - (N - 1); i < end; ++i, ++o) {
+    const typename Lane::Raw raw = next;
+    next = lane.load(src + clamp(o + 1, out) * s.h);
+#pragma unroll
+    for (int a = 0; a < N - 1; ++a)
+#pragma unroll
+      for (int v = 0; v < V; ++v) window[a][v] = window[a + 1][v];
+    lane.filter(raw, pre, c, window[N - 1]);
+    if (i < begin) continue;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int h = 2 * i + r - rows.before;
+      if (h < 0 || h >= rows.in) continue;
+      const float* tap = rows.at(h);
+      float sum[V] = {};
+#pragma unroll
+      for (int a = 0; a < N; ++a)
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += tap[a] * window[a][v];
+      store(sum, dst + h * d.h);
+    }
+  }
+}
+
+// ---- gradient of the taps
+
+// Block (c, p): each warp's lanes run along a row of dy, then the threads' sums are added pairwise.
+template <typename scalar_t, typename Pre>
+__global__ void __launch_bounds__(block_threads) taps_grad(const __grid_constant__ TapsGrad op, const Pre pre) {
+  using acc = acc_t<scalar_t>;
+  const bool along_rows = op.axis == 0;
+  const Axis &axis = along_rows ? op.rows : op.cols, &cross = along_rows ? op.cols : op.rows;
+  const index_t c = blockIdx.x / axis.taps, p = blockIdx.x % axis.taps;
+  const Strides &s = op.x_stride, &d = op.dy_stride;
+  const acc* other = static_cast<const acc*>(op.other) + c * cross.taps;
+  const index_t step = along_rows ? s.h : s.w, cross_step = along_rows ? s.w : s.h;
+  acc sum = 0;
+  for (index_t row = threadIdx.x / 32; row < op.batch * op.rows.out; row += block_threads / 32) {
+    index_t n = row;
+    const index_t i = split(n, op.rows.out);
+    const scalar_t* dy = static_cast<const scalar_t*>(op.dy) + n * d.n + c * d.c + i * d.h;
+    const scalar_t* x = static_cast<const scalar_t*>(op.x) + n * s.n + c * s.c;
+    for (index_t j = threadIdx.x % 32; j < op.cols.out; j += 32) {
+      const index_t from = axis.source((along_rows ? i : j) * axis.stride + p - axis.before);
+      if (from < 0) continue;
+      acc line = 0;
+      cross.inputs_of(along_rows ? j : i, [&](index_t at, int q) {
+        line += other[q] * pre(static_cast<acc>(x[from * step + at * cross_step]), c);
+      });
+      sum += static_cast<acc>(dy[j * d.w]) * line;
+    }
+  }
+  __shared__ acc partial[block_threads];
+  partial[threadIdx.x] = sum;
+  for (int half = block_threads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) static_cast<acc*>(op.dst)[c * axis.taps + p] = partial[0];
+}
+
+}  // namespace aliasfused
