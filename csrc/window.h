@@ -68,11 +68,9 @@ struct Axis {
   // Outputs that read position t of the extended axis: visit(o, p), in rising order of p.
   template <typename Visit>
   HOST_DEVICE void outputs_at(index_t t, Visit&& visit) const {
-    const index_t s = t + before;
-    for (index_t p = floor_mod(s, stride); p < taps; p += stride) {
-      const index_t o = (s - p) / stride;
-      if (s >= p && o < out) visit(o, static_cast<int>(p));
-    }
+    index_t o = floor_div(t + before, stride);
+    for (int p = static_cast<int>(t + before - o * stride); p < taps; p += stride, --o)
+      if (o >= 0 && o < out) visit(o, p);
   }
 
   // The adjoint window of input h: visit(o, p) for every tap p with which output o reads index h of x, the mirrored,
@@ -80,7 +78,8 @@ struct Axis {
   template <typename Visit>
   HOST_DEVICE void outputs_of(index_t h, Visit&& visit) const {
     outputs_at(h, visit);
-    if (first() >= 0 && last() <= in) return;
+    const index_t reach = before > last() - in ? before : last() - in;
+    if (h > reach && h < in - 1 - reach) return;
     switch (border) {
       case Border::reflect: {
         if (in == 1) {

@@ -85,27 +85,82 @@ inline index_t buffered_by(const Axis& axis, index_t n) {
   return (n + axis.taps + axis.before + max(axis.last() - axis.in, 0)) / axis.stride + 4;
 }
 
-// A weighted sum of `count` arrays: of source rows, or of buffered columns. A weight is a number, or for taps per channel
-// points to one weight for every channel.
-template <typename E, typename W>
+// A weighted sum of `count` arrays, `offset` elements from a common origin: of source rows, or of buffered columns. A
+// weight is a number, or for taps per channel points to one number for every channel.
+template <typename W>
 struct Terms {
-  const E** source;
-  W* weight;
-  int count = 0;
-  void add(const E* s, W w) {
-    source[count] = s;
-    weight[count++] = w;
+  const index_t* offset;
+  const W* weight;
+  int count;
+};
+
+// The terms of every result of an axis whose sources lie `spacing` elements apart: a table, unless the axis is so long
+// that a table would be out of proportion; then they are found one at a time in the caller's scratch.
+template <bool ADJOINT, typename W>
+class AxisTerms {
+ public:
+  AxisTerms(const Axis& axis, index_t spacing)
+      : axis_(axis), spacing_(spacing), most_(most_terms<ADJOINT>(axis)), tabled_(results<ADJOINT>(axis) * most_ <= 1 << 18),
+        start_(tabled_ ? results<ADJOINT>(axis) + 1 : 0), offset_(tabled_ ? results<ADJOINT>(axis) * most_ : 0),
+        weight_(tabled_ ? results<ADJOINT>(axis) * most_ : 0) {}
+
+  void set_taps(const W* taps) {
+    taps_ = taps;
+    index_t n = 0;
+    for (index_t o = 0; tabled_ && o < results<ADJOINT>(axis_); ++o) {
+      start_.data[o] = n;
+      n += find(o, offset_.data + n, weight_.data + n);
+    }
+    if (tabled_) start_.data[results<ADJOINT>(axis_)] = n;
   }
+
+  struct Finder {
+    const AxisTerms& all;
+    Scratch<index_t> offset;
+    Scratch<W> weight;
+    explicit Finder(const AxisTerms& terms) : all(terms), offset(terms.tabled_ ? 0 : terms.most_), weight(terms.tabled_ ? 0 : terms.most_) {}
+    Terms<W> operator()(index_t o) const {
+      if (!all.tabled_) return {offset.data, weight.data, all.find(o, offset.data, weight.data)};
+      const index_t start = all.start_.data[o];
+      return {all.offset_.data + start, all.weight_.data + start, static_cast<int>(all.start_.data[o + 1] - start)};
+    }
+  };
+
+ private:
+  int find(index_t o, index_t* offset, W* weight) const {
+    int n = 0;
+    sources_of<ADJOINT>(axis_, o, [&](index_t source, int p) { offset[n] = source * spacing_, weight[n++] = taps_[p]; });
+    return n;
+  }
+
+  const Axis& axis_;
+  index_t spacing_, most_;
+  bool tabled_;
+  const W* taps_ = nullptr;
+  Scratch<index_t> start_, offset_;
+  Scratch<W> weight_;
 };
 
-template <typename E, typename W>
-struct TermsScratch {
-  Scratch<const E*> source;
-  Scratch<W> weight;
-  explicit TermsScratch(index_t most) : source(most), weight(most) {}
-  Terms<E, W> terms() { return {source.data, weight.data}; }
-};
+// f(N) with n as a compile-time number, 0 for any above 8.
+template <typename F>
+inline void unrolled(int n, F&& f) {
+  switch (n) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    case 8: return f(std::integral_constant<int, 8>{});
+    default: return f(std::integral_constant<int, 0>{});
+  }
+}
 
+template <typename V>
+inline V weighted(V v, acc_t<std::remove_cv_t<std::remove_reference_t<decltype(v[0])>>> w, index_t) {
+  return v * w;
+}
 template <typename acc>
 inline Unit<acc> weighted(Unit<acc> u, acc w, index_t) {
   return {u.a * w, u.b * w};
@@ -114,79 +169,92 @@ template <typename acc>
 inline Unit<acc> weighted(Unit<acc> u, const acc* w, index_t c) {
   return {u.a * Vector<acc>::load(w + c), u.b * Vector<acc>::load(w + c + Vector<acc>::lanes)};
 }
-
-// One unit, at channel c, of the sum of M arrays (M = 0: of t.count arrays).
-template <int M, typename E, typename W, typename Load>
-inline auto sum_unit(const Terms<E, W>& t, index_t c, Load&& load) {
-  auto sum = weighted(load(t.source[0]), t.weight[0], c);
-  const int count = M ? M : t.count;
-#pragma GCC unroll 8
-  for (int m = 1; m < count; ++m) {
-    const auto u = weighted(load(t.source[m]), t.weight[m], c);
-    sum.a += u.a, sum.b += u.b;
-  }
-  return sum;
+template <typename V>
+inline void add(V& sum, V v) {
+  sum += v;
+}
+template <typename acc>
+inline void add(Unit<acc>& sum, Unit<acc> u) {
+  sum.a += u.a, sum.b += u.b;
 }
 
-// each(M) with the count of terms as a compile-time number, 0 for many.
-constexpr int most_unrolled = 8;
-
-template <int M = most_unrolled, typename E, typename W, typename Each>
-inline void unrolled(const Terms<E, W>& t, Each&& each) {
-  if constexpr (M == 0) {
-    each(std::integral_constant<int, 0>{});
-  } else {
-    if (t.count == M)
-      each(std::integral_constant<int, M>{});
-    else
-      unrolled<M - 1>(t, each);
-  }
+// The sum of M terms (M = 0: of t.count), each loaded by load(offset), at channel c.
+template <int M, typename W, typename Load>
+inline auto sum_terms(const Terms<W>& t, index_t c, Load&& load) {
+  auto sum = weighted(load(t.offset[0]), t.weight[0], c);
+  const int count = M ? M : t.count;
+#pragma GCC unroll 8
+  for (int m = 1; m < count; ++m) add(sum, weighted(load(t.offset[m]), t.weight[m], c));
+  return sum;
 }
 
 // ---- memory in rows (NCHW): the lanes are columns ----
 
-// A row of pixels of type T, `stride` elements apart.
-template <typename T>
-inline Unit<acc_t<T>> load_row(const T* p, index_t stride, int n) {
-  if (stride == 1) return n >= Lanes<T>::unit ? Lanes<T>::load(p) : Lanes<T>::load(p, n);
-  T gathered[Lanes<T>::unit] = {};
-  for (int i = 0; i < n && i < Lanes<T>::unit; ++i) gathered[i] = p[i * stride];
-  return Lanes<T>::load(gathered);
+// n pixels, `stride` elements apart, through `load` from a copy without gaps.
+template <typename T, typename Load>
+inline auto gathered(const T* p, index_t stride, index_t n, Load&& load) {
+  T copy[Lanes<T>::unit] = {};
+  for (int i = 0; i < n && i < Lanes<T>::unit; ++i) copy[i] = p[i * stride];
+  return load(copy);
 }
 
-// Sums of source rows over columns [lo, hi), unit by unit: store(column - lo, unit in T's order).
-template <typename T, typename Pre, typename Store>
-inline void sum_rows(const Terms<T, acc_t<T>>& t, index_t lo, index_t hi, index_t stride, const Pre& pre, index_t c, Store&& store) {
-  using acc = acc_t<T>;
-  constexpr int unit = Lanes<T>::unit;
+// Sums of source rows over columns [lo, hi) as single vectors in natural order or, `by_units`, as units in T's order:
+// store(column - lo, sum).
+template <bool by_units, typename T, typename Pre, typename Store>
+inline void sum_rows(const T* src, const Terms<acc_t<T>>& t, index_t lo, index_t hi, index_t stride, const Pre& pre, index_t c, Store&& store) {
+  using L = Lanes<T>;
+  constexpr int width = by_units ? L::unit : Vector<acc_t<T>>::lanes;
+  const auto load = [](const T* p) {
+    if constexpr (by_units)
+      return L::load(p);
+    else
+      return L::load_vector(p);
+  };
+  const auto load_first = [](const T* p, int n) {
+    if constexpr (by_units)
+      return L::load(p, n);
+    else
+      return L::load_vector(p, n);
+  };
   if (t.count == 0) {  // every source lies in a border of zeros
-    for (index_t x = lo; x < hi; x += unit) store(x - lo, Unit<acc>{});
+    for (index_t x = lo; x < hi; x += width) store(x - lo, decltype(load(src)){});
     return;
   }
   if (stride != 1) {
-    for (index_t x = lo; x < hi; x += unit) {
-      const int n = min(hi - x, unit);
-      store(x - lo, sum_unit<0>(t, c, [&](const T* row) { return pre.row(load_row(row + x * stride, stride, n), c); }));
-    }
+    for (index_t x = lo; x < hi; x += width)
+      store(x - lo, sum_terms<0>(t, c, [&](index_t row) { return pre.row(gathered(src + row + x * stride, stride, hi - x, load), c); }));
     return;
   }
-  unrolled(t, [&](auto m) {
+  unrolled(t.count, [&](auto m) {
     index_t x = lo;
-    for (; x + unit <= hi; x += unit)
-      store(x - lo, sum_unit<m>(t, c, [&](const T* row) { return pre.row(Lanes<T>::load(row + x), c); }));
-    if (x < hi) {
-      const int n = hi - x;
-      store(x - lo, sum_unit<m>(t, c, [&](const T* row) { return pre.row(Lanes<T>::load(row + x, n), c); }));
-    }
+    for (; x + width <= hi; x += width) store(x - lo, sum_terms<m>(t, c, [&](index_t row) { return pre.row(load(src + row + x), c); }));
+    if (x < hi) store(x - lo, sum_terms<m>(t, c, [&](index_t row) { return pre.row(load_first(src + row + x, hi - x), c); }));
   });
 }
 
 // The sum of source rows at one column.
 template <typename T, typename Pre>
-acc_t<T> sum_rows_at(const Terms<T, acc_t<T>>& t, index_t x, index_t stride, const Pre& pre, index_t c) {
+acc_t<T> sum_rows_at(const T* src, const Terms<acc_t<T>>& t, index_t x, index_t stride, const Pre& pre, index_t c) {
   acc_t<T> sum = 0;
-  for (int m = 0; m < t.count; ++m) sum += t.weight[m] * pre.row(Unit<acc_t<T>>{{widen(t.source[m][x * stride])}, {}}, c).a[0];
+  sum_rows<false>(src, t, x, x + 1, stride, pre, c, [&](index_t, auto v) { sum = v[0]; });
   return sum;
+}
+
+template <typename T>
+inline void store_unit(T* p, index_t stride, Unit<acc_t<T>> natural, index_t n) {
+  const auto u = from_natural<T>(natural);
+  if (stride == 1) return n >= Lanes<T>::unit ? Lanes<T>::store(p, u) : Lanes<T>::store(p, u, n);
+  T copy[Lanes<T>::unit];
+  Lanes<T>::store(copy, u);
+  for (int i = 0; i < n && i < Lanes<T>::unit; ++i) p[i * stride] = copy[i];
+}
+
+template <typename T>
+inline void store_vector(T* p, index_t stride, typename Vector<acc_t<T>>::type v, index_t n) {
+  if (stride == 1) return n >= Vector<acc_t<T>>::lanes ? Lanes<T>::store_vector(p, v) : Lanes<T>::store_vector(p, v, n);
+  T copy[Lanes<T>::unit];
+  Lanes<T>::store_vector(copy, v);
+  for (int i = 0; i < n && i < Vector<acc_t<T>>::lanes; ++i) p[i * stride] = copy[i];
 }
 
 // Columns by permutation: one vector of results whose sources lie in two neighbouring vectors of the buffer is a sum of
@@ -198,9 +266,10 @@ struct Pattern {
   index_t base;   // first source
   index_t span;   // last source - first source
   int terms = 0;  // 0: it does not fit
-  bool wide;      // takes two vectors
   typename V::index lane[most_terms];
   typename V::type weight[most_terms];
+
+  bool wide() const { return span >= V::lanes; }
 
   // Results [o, o + lanes) of the axis.
   template <bool ADJOINT>
@@ -221,7 +290,7 @@ struct Pattern {
     }
     terms = 0;
     if (largest > most_terms || smallest == 0 || hi - lo >= 2 * V::lanes) return;
-    base = lo, span = hi - lo, wide = span >= V::lanes, terms = largest;
+    base = lo, span = hi - lo, terms = largest;
     // A lane of fewer terms shares its last tap out over the rest: to add zero times a pixel would spread its inf or nan.
     for (int m = 0; m < terms; ++m)
       for (int i = 0; i < V::lanes; ++i) {
@@ -231,17 +300,23 @@ struct Pattern {
       }
   }
 
-  template <int M>
-  typename V::type apply(const acc* buffer) const {
-    const auto low = V::load(buffer), high = wide ? V::load(buffer + V::lanes) : low;
-    const auto term = [&](int m) {
-      return weight[m] * (wide ? __builtin_shuffle(low, high, lane[m]) : __builtin_shuffle(low, lane[m]));
-    };
-    auto sum = term(0);
+  // M terms in registers, over `blocks` blocks (`step` sources apart) of `rows` buffered rows (`pitch` apart).
+  template <int M, bool WIDE, typename Store>
+  void apply(const acc* buffer, index_t step, index_t blocks, index_t pitch, int rows, Store&& store) const {
+    typename V::index l[M ? M : most_terms];
+    typename V::type w[M ? M : most_terms];
     const int count = M ? M : terms;
+    for (int m = 0; m < count; ++m) l[m] = lane[m], w[m] = weight[m];
+    for (int r = 0; r < rows; ++r)
+      for (index_t b = 0; b < blocks; ++b) {
+        const acc* p = buffer + r * pitch + b * step;
+        const auto low = V::load(p), high = WIDE ? V::load(p + V::lanes) : low;
+        const auto permuted = [&](int m) { return WIDE ? __builtin_shuffle(low, high, l[m]) : __builtin_shuffle(low, l[m]); };
+        auto sum = permuted(0) * w[0];
 #pragma GCC unroll 8
-    for (int m = 1; m < count; ++m) sum += term(m);
-    return sum;
+        for (int m = 1; m < count; ++m) sum += permuted(m) * w[m];
+        store(r, b, sum);
+      }
   }
 };
 
@@ -252,12 +327,11 @@ struct Columns {
   static constexpr int most_patterns = 12;
   Pattern<acc> pattern[most_patterns];
   index_t blocks, interior_begin, interior_end;  // in blocks of V::lanes results
-  int step;                                      // sources from one interior block to the next
+  index_t step;                                  // sources from one interior block to the next
   bool fits;
 
   void build(const Axis& axis, const acc* taps) {
-    const index_t n = results<ADJOINT>(axis);
-    blocks = (n + V::lanes - 1) / V::lanes;
+    blocks = (results<ADJOINT>(axis) + V::lanes - 1) / V::lanes;
     interior_begin = interior_end = blocks;
     step = V::lanes / axis.stride;
     if (ADJOINT && V::lanes % axis.stride == 0) {
@@ -268,17 +342,20 @@ struct Columns {
       interior_begin = min(round_up(first, V::lanes) / V::lanes, blocks);
       interior_end = max(interior_begin, last / V::lanes);
     }
-    fits = patterns() <= most_patterns;
-    if (!fits) return;
-    for (index_t b = 0; b < blocks; b = b == interior_begin ? max(interior_end, b + 1) : b + 1) at(b).template build<ADJOINT>(axis, b * V::lanes, taps);
+    fits = blocks - repeats() <= most_patterns;
+    for (index_t b = 0; fits && b < blocks; b = b == interior_begin ? b + 1 + repeats() : b + 1)
+      pattern[slot(b)].template build<ADJOINT>(axis, b * V::lanes, taps);
   }
 
-  index_t patterns() const { return blocks - max(interior_end - interior_begin - 1, 0); }
-  bool interior(index_t b) const { return b >= interior_begin && b < interior_end; }
-  const Pattern<acc>& at(index_t b) const { return const_cast<Columns*>(this)->at(b); }
-  Pattern<acc>& at(index_t b) {
-    return pattern[b <= interior_begin ? b : b < interior_end ? interior_begin : b - max(interior_end - interior_begin - 1, 0)];
+  // Interior blocks beyond the first.
+  index_t repeats() const { return max(interior_end - interior_begin - 1, 0); }
+  index_t slot(index_t b) const { return b <= interior_begin ? b : b < interior_end ? interior_begin : b - repeats(); }
+  index_t base(index_t b) const {
+    const bool interior = b >= interior_begin && b < interior_end;
+    return pattern[slot(b)].base + (interior ? (b - interior_begin) * step : 0);
   }
+  // The first block beyond b that does not share its pattern.
+  index_t next(index_t b) const { return b >= interior_begin && b < interior_end ? interior_end : b + 1; }
 };
 
 // Columns by phase, forward and for any row: source t of the extended row goes to phase t % stride, so that tap q of
@@ -286,37 +363,16 @@ struct Columns {
 template <int K, int S, typename acc, typename Store>
 inline void sum_phases(const acc* phases, index_t pitch, const acc* taps, int k, int stride, index_t n, Store&& store) {
   using V = Vector<acc>;
-  const int taps_count = K ? K : k, s = S ? S : stride;
+  const int count = K ? K : k, s = S ? S : stride;
   for (index_t j = 0; j < n; j += 2 * V::lanes) {
-    Unit<acc> sum;
+    Unit<acc> sum = {V::load(phases + j) * taps[0], V::load(phases + j + V::lanes) * taps[0]};
 #pragma GCC unroll 8
-    for (int q = 0; q < taps_count; ++q) {
+    for (int q = 1; q < count; ++q) {
       const acc* p = phases + (q % s) * pitch + q / s + j;
-      const auto a = V::load(p) * taps[q], b = V::load(p + V::lanes) * taps[q];
-      if (q == 0)
-        sum = {a, b};
-      else
-        sum.a += a, sum.b += b;
+      sum.a += V::load(p) * taps[q], sum.b += V::load(p + V::lanes) * taps[q];
     }
     store(j, sum);
   }
-}
-
-template <typename T>
-inline void store_unit(T* p, Unit<acc_t<T>> natural, index_t n) {
-  const auto u = from_natural<T>(natural);
-  if (n >= Lanes<T>::unit)
-    Lanes<T>::store(p, u);
-  else
-    Lanes<T>::store(p, u, n);
-}
-
-template <typename T>
-inline void store_row(T* p, index_t stride, Unit<acc_t<T>> natural, index_t n) {
-  if (stride == 1) return store_unit(p, natural, n);
-  T copy[Lanes<T>::unit];
-  store_unit(copy, natural, Lanes<T>::unit);
-  for (int i = 0; i < n && i < Lanes<T>::unit; ++i) p[i * stride] = copy[i];
 }
 
 template <typename T, bool ADJOINT, typename Pre>
@@ -324,179 +380,184 @@ struct Planes {
   using acc = acc_t<T>;
   using V = Vector<acc>;
   static constexpr int unit = Lanes<T>::unit;
-  static constexpr index_t tile = 64 * V::lanes;  // results of one pass over a row
+  static constexpr index_t most_cols = 64 * V::lanes;  // results of one pass over a row
+  static constexpr int most_rows = 32;                 // rows of one pass
+  static constexpr index_t buffer_goal = 4096;         // elements
 
   const BlurPool& op;
   Pre pre;
   index_t out_rows = results<ADJOINT>(op.rows), out_cols = results<ADJOINT>(op.cols);
   bool permute = ADJOINT || (op.cols.in <= 2 * V::lanes && op.cols.out <= 2 * V::lanes);
+  index_t phase_pitch = min(out_cols, most_cols) + op.cols.taps / op.cols.stride + 2 * unit;
+  index_t pitch = permute ? round_up(ADJOINT ? min(op.cols.out, buffered_by(op.cols, min(out_cols, most_cols))) : op.cols.in, V::lanes) + V::lanes
+                          : phase_pitch * op.cols.stride;
+  int strip = max(1, min(most_rows, buffer_goal / pitch));
 
-  index_t buffer_size() const {
-    const index_t n = min(out_cols, tile);
-    if (!ADJOINT) return n * op.cols.stride + op.cols.taps + (2 * op.cols.stride + 2) * unit;
-    return min(op.cols.out, buffered_by(op.cols, n)) + 2 * unit;
+  // What depends on the taps: shared by all threads, or rebuilt by each for every channel.
+  struct Tables {
+    AxisTerms<ADJOINT, acc> rows;
+    Columns<ADJOINT, acc> columns;
+    const acc* taps_w;
+    explicit Tables(const BlurPool& op) : rows(op.rows, op.src_stride.h) {}
+    void build(const Planes& planes, index_t c) {
+      const BlurPool& op = planes.op;
+      taps_w = static_cast<const acc*>(op.taps_w) + c * op.cols.taps;
+      rows.set_taps(static_cast<const acc*>(op.taps_h) + c * op.rows.taps);
+      if (planes.permute) columns.build(op.cols, taps_w);
+    }
+  };
+
+  // A row of the result, and the plane that it is made from.
+  struct Row {
+    index_t n, c, o;
+  };
+  Row row_at(index_t item) const { return {item / out_rows / op.channels, item / out_rows % op.channels, item % out_rows}; }
+  void advance(Row& r) const {
+    if (++r.o < out_rows) return;
+    r.o = 0;
+    if (++r.c < op.channels) return;
+    r.c = 0, ++r.n;
   }
+  const T* src(const Row& r) const { return static_cast<const T*>(op.src) + r.n * op.src_stride.n + r.c * op.src_stride.c; }
+  T* dst(const Row& r) const { return static_cast<T*>(op.dst) + r.n * op.dst_stride.n + r.c * op.dst_stride.c + r.o * op.dst_stride.h; }
 
-  void run(index_t begin, index_t end, Columns<ADJOINT, acc>& columns) const {
-    TermsScratch<T, acc> scratch(most_terms<ADJOINT>(op.rows));
-    Scratch<acc> buffer(buffer_size());
-    index_t plane = -1;
-    const acc *taps_h = nullptr, *taps_w = nullptr;
-    for (index_t item = begin; item < end; ++item) {
-      const index_t o = item % out_rows, n = item / out_rows / op.channels, c = item / out_rows % op.channels;
-      if (item / out_rows != plane) {
-        plane = item / out_rows;
-        taps_h = static_cast<const acc*>(op.taps_h) + op.per_channel * c * op.rows.taps;
-        taps_w = static_cast<const acc*>(op.taps_w) + op.per_channel * c * op.cols.taps;
-        if (op.per_channel && permute) columns.build(op.cols, taps_w);
-      }
-      const T* src = static_cast<const T*>(op.src) + n * op.src_stride.n + c * op.src_stride.c;
-      T* dst = static_cast<T*>(op.dst) + n * op.dst_stride.n + c * op.dst_stride.c + o * op.dst_stride.h;
-      auto rows = scratch.terms();
-      sources_of<ADJOINT>(op.rows, o, [&](index_t h, int p) { rows.add(src + h * op.src_stride.h, taps_h[p]); });
-      for (index_t j = 0; j < out_cols; j += tile) {
-        const index_t last = min(j + tile, out_cols);
+  using Finder = typename AxisTerms<ADJOINT, acc>::Finder;
+
+  void run(index_t begin, index_t end, Tables& tables) const {
+    const Finder terms(tables.rows);
+    Scratch<acc> buffer(strip * pitch);
+    Row row = row_at(begin);
+    for (index_t item = begin; item < end;) {
+      if (op.per_channel && (item == begin || row.o == 0)) tables.build(*this, row.c);
+      const int rows = min(min(strip, end - item), op.per_channel ? out_rows - row.o : strip);
+      for (index_t j = 0; j < out_cols; j += most_cols) {
         if (permute)
-          by_permutation(rows, c, taps_w, columns, buffer.data, j, last, dst);
+          by_permutation(row, rows, terms, tables, buffer.data, j, min(j + most_cols, out_cols));
         else if constexpr (!ADJOINT)
-          by_phase(rows, c, taps_w, buffer.data, j, last, dst);
+          by_phase(row, rows, terms, tables.taps_w, buffer.data, j, min(j + most_cols, out_cols));
       }
+      item += rows;
+      for (int r = 0; r < rows; ++r) advance(row);
     }
   }
 
-  // Results [begin, end) of a row, begin a multiple of the tile.
-  void by_permutation(const Terms<T, acc>& rows, index_t c, const acc* taps, const Columns<ADJOINT, acc>& columns, acc* buffer,
-                      index_t begin, index_t end, T* dst) const {
-    const Axis& axis = op.cols;
-    const Range at_hand = buffered<ADJOINT>(axis, begin, end);
-    const index_t lo = at_hand.lo, hi = at_hand.hi;
-    sum_rows<T>(rows, lo, hi, op.src_stride.w, pre, c,
-                [&](index_t x, Unit<acc> u) { const auto v = to_natural<T>(u); V::store(buffer + x, v.a), V::store(buffer + x + V::lanes, v.b); });
-
-    const auto one = [&](index_t b) {
-      if (columns.fits) {
-        const auto& pattern = columns.at(b);
-        const index_t base = pattern.base + (columns.interior(b) ? (b - columns.interior_begin) * columns.step : 0);
-        if (pattern.terms && base >= lo && base + pattern.span < hi) return pattern.template apply<0>(buffer + base - lo);
+  // Columns [begin, end) of `rows` rows from `row` on; begin is a multiple of most_cols.
+  void by_permutation(Row row, int rows, const Finder& terms, const Tables& tables, acc* buffer, index_t begin, index_t end) const {
+    const Range at_hand = buffered<ADJOINT>(op.cols, begin, end);
+    const index_t lo = at_hand.lo, hi = at_hand.hi, gap = op.dst_stride.w;
+    const Columns<ADJOINT, acc>& columns = tables.columns;
+    const Row first = row;
+    T* to[most_rows];
+    for (int r = 0; r < rows; ++r, advance(row)) {
+      to[r] = dst(row);
+      acc* sums = buffer + r * pitch;
+      sum_rows<false>(src(row), terms(row.o), lo, hi, op.src_stride.w, pre, row.c, [&](index_t x, auto v) { V::store(sums + x, v); });
+    }
+    for (index_t b = begin / V::lanes, last = (end + V::lanes - 1) / V::lanes; b < last;) {
+      const index_t stop = columns.fits ? min(columns.next(b), last) : b + 1, o = b * V::lanes;
+      const auto store = [&](int r, index_t i, auto v) { store_vector(to[r] + (o + i * V::lanes) * gap, gap, v, end - o - i * V::lanes); };
+      const Pattern<acc>& pattern = columns.pattern[columns.fits ? columns.slot(b) : 0];
+      if (columns.fits && pattern.terms && columns.base(b) >= lo && columns.base(stop - 1) + pattern.span < hi) {
+        const acc* from = buffer + columns.base(b) - lo;
+        unrolled(pattern.terms, [&](auto m) {
+          if (pattern.wide())
+            pattern.template apply<m, true>(from, columns.step, stop - b, pitch, rows, store);
+          else
+            pattern.template apply<m, false>(from, columns.step, stop - b, pitch, rows, store);
+        });
+      } else {
+        row = first;
+        for (int r = 0; r < rows; ++r, advance(row))
+          for (index_t i = b; i < stop; ++i) store(r, i - b, lane_by_lane(row, terms, tables.taps_w, i * V::lanes, buffer + r * pitch, lo, hi));
       }
-      return lane_by_lane(rows, c, taps, b * V::lanes, buffer, lo, hi);
-    };
-    const index_t first = begin / V::lanes, blocks = (end + V::lanes - 1) / V::lanes;
-    index_t b = first;
-    const auto by_unit = [&](index_t stop) {
-      for (; b < stop; b += 2)
-        store_row(dst + b * V::lanes * op.dst_stride.w, op.dst_stride.w, Unit<acc>{one(b), b + 1 < blocks ? one(b + 1) : typename V::type{}},
-                  end - b * V::lanes);
-    };
-    // Whole units of the interior in one loop that keeps its pattern in registers.
-    const index_t inner_begin = min(round_up(max(columns.interior_begin, first) - first, 2) + first, blocks);
-    const index_t inner_end = min(columns.interior_end, end / V::lanes);
-    if (columns.fits && inner_begin + 1 < inner_end && columns.at(inner_begin).terms && columns.at(inner_begin).terms <= 8) {
-      by_unit(inner_begin);
-      const auto& pattern = columns.at(b);
-      const acc* p = buffer + pattern.base - lo + (b - columns.interior_begin) * columns.step;
-      const index_t units = (inner_end - b) / 2;
-      inner<8>(pattern, p, columns.step, units, dst + b * V::lanes * op.dst_stride.w);
-      b += 2 * units;
-    }
-    by_unit(blocks);
-  }
-
-  template <int M>
-  void inner(const Pattern<acc>& pattern, const acc* p, int step, index_t units, T* dst) const {
-    if (pattern.terms < M) {
-      if constexpr (M > 1) inner<M - 1>(pattern, p, step, units, dst);
-      return;
-    }
-    const Pattern<acc> local = pattern;
-    for (index_t i = 0; i < units; ++i, p += 2 * step) {
-      const Unit<acc> u{local.template apply<M>(p), local.template apply<M>(p + step)};
-      store_row(dst + i * unit * op.dst_stride.w, op.dst_stride.w, u, unit);
+      b = stop;
     }
   }
 
-  typename V::type lane_by_lane(const Terms<T, acc>& rows, index_t c, const acc* taps, index_t o, const acc* buffer, index_t lo, index_t hi) const {
+  typename V::type lane_by_lane(const Row& row, const Finder& terms, const acc* taps, index_t o, const acc* sums, index_t lo, index_t hi) const {
     typename V::type v{};
     for (int i = 0; i < V::lanes && o + i < out_cols; ++i)
       sources_of<ADJOINT>(op.cols, o + i, [&](index_t x, int q) {
-        v[i] += taps[q] * (x >= lo && x < hi ? buffer[x - lo] : sum_rows_at(rows, x, op.src_stride.w, pre, c));
+        v[i] += taps[q] * (x >= lo && x < hi ? sums[x - lo] : sum_rows_at(src(row), terms(row.o), x, op.src_stride.w, pre, row.c));
       });
     return v;
   }
 
-  // Results [begin, end) of a row, forward.
-  void by_phase(const Terms<T, acc>& rows, index_t c, const acc* taps, acc* buffer, index_t begin, index_t end, T* dst) const {
+  // Columns [begin, end) of `rows` rows from `row` on, forward.
+  void by_phase(Row row, int rows, const Finder& terms, const acc* taps, acc* buffer, index_t begin, index_t end) const {
     const Axis& axis = op.cols;
     const int s = axis.stride, k = axis.taps;
     const index_t first = begin * s - axis.before, last = (end - 1) * s + k - axis.before;  // of the extended row
     const Range at_hand = buffered<ADJOINT>(axis, begin, end);
-    const index_t lo = at_hand.lo, hi = at_hand.hi;
-    const index_t pitch = (last - first) / s + 1 + 2 * unit;
-    const auto phase = [&](index_t t) { return buffer + (t - first) % s * pitch + (t - first) / s; };
+    const index_t lo = at_hand.lo, hi = at_hand.hi, gap = op.dst_stride.w;
+    const auto place = [&](index_t t) { return (t - first) % s * phase_pitch + (t - first) / s; };
+    const index_t even = place(lo), odd = place(lo + 1);
+    const Row first_row = row;
+    T* to[most_rows];
 
-    if (s == 1) {
-      sum_rows<T>(rows, lo, hi, op.src_stride.w, pre, c, [&](index_t x, Unit<acc> u) {
-        const auto v = to_natural<T>(u);
-        acc* p = phase(lo) + x;
-        V::store(p, v.a), V::store(p + V::lanes, v.b);
-      });
-    } else if (s == 2) {
-      acc *even = phase(lo), *odd = phase(lo + 1);
-      sum_rows<T>(rows, lo, hi, op.src_stride.w, pre, c, [&](index_t x, Unit<acc> u) {
-        const auto v = Lanes<T>::is_split ? u : split(u);
-        V::store(even + x / 2, v.a), V::store(odd + x / 2, v.b);
-      });
-    } else {
-      sum_rows<T>(rows, lo, hi, op.src_stride.w, pre, c, [&](index_t x, Unit<acc> u) {
-        const auto v = to_natural<T>(u);
-        for (int i = 0; i < V::lanes; ++i) {
-          if (x + i < hi - lo) *phase(lo + x + i) = v.a[i];
-          if (x + V::lanes + i < hi - lo) *phase(lo + x + V::lanes + i) = v.b[i];
-        }
-      });
+    for (int r = 0; r < rows; ++r, advance(row)) {
+      to[r] = dst(row) + begin * gap;
+      acc* phases = buffer + r * pitch;
+      const auto sum = [&](auto&& store) { sum_rows<true>(src(row), terms(row.o), lo, hi, op.src_stride.w, pre, row.c, store); };
+      if (s == 1) {
+        sum([&](index_t x, Unit<acc> u) {
+          const auto v = to_natural<T>(u);
+          V::store(phases + even + x, v.a), V::store(phases + even + x + V::lanes, v.b);
+        });
+      } else if (s == 2) {
+        sum([&](index_t x, Unit<acc> u) {
+          const auto v = Lanes<T>::is_split ? u : split(u);
+          V::store(phases + even + x / 2, v.a), V::store(phases + odd + x / 2, v.b);
+        });
+      } else {
+        sum([&](index_t x, Unit<acc> u) {
+          const auto v = to_natural<T>(u);
+          for (int i = 0; i < V::lanes; ++i) {
+            if (x + i < hi - lo) phases[place(lo + x + i)] = v.a[i];
+            if (x + V::lanes + i < hi - lo) phases[place(lo + x + V::lanes + i)] = v.b[i];
+          }
+        });
+      }
     }
     const auto fill = [&](index_t t) {
-      const index_t x = axis.source(t);
-      *phase(t) = x < 0 ? acc(0) : x >= lo && x < hi ? *phase(x) : sum_rows_at(rows, x, op.src_stride.w, pre, c);
+      const index_t x = axis.source(t), to = place(t);
+      if (x >= lo && x < hi) {
+        const index_t from = place(x);
+        for (int r = 0; r < rows; ++r) buffer[r * pitch + to] = buffer[r * pitch + from];
+        return;
+      }
+      row = first_row;
+      for (int r = 0; r < rows; ++r, advance(row))
+        buffer[r * pitch + to] = x < 0 ? acc(0) : sum_rows_at(src(row), terms(row.o), x, op.src_stride.w, pre, row.c);
     };
     for (index_t t = first; t < min(lo, last); ++t) fill(t);
     for (index_t t = max(hi, first); t < last; ++t) fill(t);
 
-    const auto store = [&](index_t j, Unit<acc> u) {
-      store_row(dst + (begin + j) * op.dst_stride.w, op.dst_stride.w, u, end - begin - j);
+    const auto columns = [&](auto taps_count, auto stride) {
+      for (int r = 0; r < rows; ++r)
+        sum_phases<taps_count, stride>(buffer + r * pitch, phase_pitch, taps, k, s, end - begin,
+                                       [&](index_t j, Unit<acc> u) { store_unit(to[r] + j * gap, gap, u, end - begin - j); });
     };
-    const index_t n = end - begin;
-    if (s == 2) {
-      switch (k) {
-        case 2: return sum_phases<2, 2>(buffer, pitch, taps, k, s, n, store);
-        case 3: return sum_phases<3, 2>(buffer, pitch, taps, k, s, n, store);
-        case 4: return sum_phases<4, 2>(buffer, pitch, taps, k, s, n, store);
-        case 5: return sum_phases<5, 2>(buffer, pitch, taps, k, s, n, store);
-        case 6: return sum_phases<6, 2>(buffer, pitch, taps, k, s, n, store);
-        case 7: return sum_phases<7, 2>(buffer, pitch, taps, k, s, n, store);
-      }
-    }
-    sum_phases<0, 0>(buffer, pitch, taps, k, s, n, store);
+    if (s == 2)
+      unrolled(k, [&](auto taps_count) { columns(taps_count, std::integral_constant<int, 2>{}); });
+    else
+      columns(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
   }
 };
 
-// Rows of planes are handed to threads in pieces of at least this many pixels.
+// Threads get pieces of at least this many pixels.
 constexpr index_t grain_pixels = 1 << 15;
 
 template <typename T, bool ADJOINT, typename Pre>
 void blur_planes(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
-  using acc = acc_t<T>;
-  const Planes<T, ADJOINT, Pre> planes{op, pre};
-  const index_t items = op.batch * op.channels * planes.out_rows;
-  Columns<ADJOINT, acc> shared;
-  if (planes.permute && !op.per_channel) shared.build(op.cols, static_cast<const acc*>(op.taps_w));
-  parallel(items, max(1, grain_pixels / max(op.cols.in, 1)), [&](index_t begin, index_t end) {
-    if (op.per_channel && planes.permute) {
-      Columns<ADJOINT, acc> own;
-      planes.run(begin, end, own);
-    } else {
-      planes.run(begin, end, shared);
-    }
+  using P = Planes<T, ADJOINT, Pre>;
+  const P planes{op, pre};
+  typename P::Tables shared(op);
+  if (!op.per_channel) shared.build(planes, 0);
+  parallel(op.batch * op.channels * planes.out_rows, max(1, grain_pixels / max(op.cols.in, 1)), [&](index_t begin, index_t end) {
+    if (!op.per_channel) return planes.run(begin, end, shared);
+    typename P::Tables own(op);
+    planes.run(begin, end, own);
   });
 }
 
@@ -510,8 +571,6 @@ struct Pixels {
 
   const BlurPool& op;
   Pre pre;
-  const W* taps_h;  // per tap: the number, or where the channels' numbers begin
-  const W* taps_w;
   index_t out_rows = results<ADJOINT>(op.rows), out_cols = results<ADJOINT>(op.cols);
   index_t in_cols = ADJOINT ? op.cols.out : op.cols.in;
   // A pass over a row takes all its columns and as many channels as the buffer holds, but at least 256 channels, so that
@@ -519,64 +578,59 @@ struct Pixels {
   index_t some_channels = min(round_up(op.channels, unit), max(256, buffer_goal / max(in_cols, 1) / unit * unit));
   index_t some_cols = max(op.cols.stride, ADJOINT ? buffer_goal / some_channels * op.cols.stride - op.cols.taps
                                                   : (buffer_goal / some_channels - op.cols.taps) / op.cols.stride);
+  index_t pitch = some_channels;
 
   index_t buffer_cols() const {
     const index_t n = min(some_cols, out_cols);
-    return ADJOINT ? min(in_cols, buffered_by(op.cols, n)) : min(in_cols, n * op.cols.stride + op.cols.taps);
+    return min(in_cols, ADJOINT ? buffered_by(op.cols, n) : n * op.cols.stride + op.cols.taps);
   }
 
-  void run(index_t begin, index_t end) const {
-    TermsScratch<T, W> row_scratch(most_terms<ADJOINT>(op.rows));
-    TermsScratch<acc, W> col_scratch(most_terms<ADJOINT>(op.cols));
-    Scratch<acc> buffer((buffer_cols() + 2) * some_channels + unit);
+  using AllTerms = AxisTerms<ADJOINT, W>;
+
+  void run(index_t begin, index_t end, const AllTerms& all_rows, const AllTerms& all_cols) const {
+    const typename AllTerms::Finder rows(all_rows), cols(all_cols);
+    Scratch<acc> buffer((buffer_cols() + 2) * pitch + unit);
     for (index_t item = begin; item < end; ++item) {
       const index_t o = item % out_rows, n = item / out_rows;
       const T* src = static_cast<const T*>(op.src) + n * op.src_stride.n;
       T* dst = static_cast<T*>(op.dst) + n * op.dst_stride.n + o * op.dst_stride.h;
-      for (index_t c = 0; c < op.channels; c += some_channels) {
-        const index_t channels = min(some_channels, op.channels - c);
-        auto rows = row_scratch.terms();
-        sources_of<ADJOINT>(op.rows, o, [&](index_t h, int p) { rows.add(src + h * op.src_stride.h + c * op.src_stride.c, taps_h[p]); });
+      for (index_t c = 0; c < op.channels; c += some_channels)
         for (index_t j = 0; j < out_cols; j += some_cols)
-          columns(rows, col_scratch, buffer.data, c, channels, j, min(j + some_cols, out_cols), dst + c);
-      }
+          columns(src + c * op.src_stride.c, rows(o), cols, buffer.data, c, min(some_channels, op.channels - c), j,
+                  min(j + some_cols, out_cols), dst + c);
     }
   }
 
   // Channels [c, c + channels) of results [begin, end) of a row.
-  void columns(const Terms<T, W>& rows, TermsScratch<acc, W>& scratch, acc* buffer, index_t c, index_t channels, index_t begin,
-               index_t end, T* dst) const {
-    const index_t pitch = round_up(channels, unit);
+  void columns(const T* src, const Terms<W>& rows, const typename AllTerms::Finder& cols, acc* buffer, index_t c, index_t channels,
+               index_t begin, index_t end, T* dst) const {
     const Range at_hand = buffered<ADJOINT>(op.cols, begin, end);
-    const index_t lo = at_hand.lo, hi = at_hand.hi;
-    sum_pixels(rows, c, channels, lo, hi, buffer, pitch);
+    const index_t lo = at_hand.lo * pitch, hi = at_hand.hi * pitch;
+    sum_pixels(src, rows, c, channels, at_hand.lo, at_hand.hi, buffer);
     acc *elsewhere = buffer + buffer_cols() * pitch, *total = elsewhere + pitch;
     for (index_t o = begin; o < end; ++o) {
-      auto terms = scratch.terms();
-      bool all_at_hand = true;
-      sources_of<ADJOINT>(op.cols, o, [&](index_t x, int q) {
-        all_at_hand &= x >= lo && x < hi;
-        terms.add(buffer + (x - lo) * pitch, taps_w[q]);
-      });
+      const Terms<W> terms = cols(o);
       T* pixel = dst + o * op.dst_stride.w;
-      if (all_at_hand && terms.count) {
-        unrolled(terms, [&](auto m) {
+      bool all_at_hand = terms.count > 0;
+      for (int m = 0; m < terms.count; ++m) all_at_hand &= terms.offset[m] >= lo && terms.offset[m] < hi;
+      if (all_at_hand) {
+        unrolled(terms.count, [&](auto m) {
+          const auto sum = [&](index_t u) { return sum_terms<m>(terms, c + u, [&](index_t x) { return Lanes<acc>::load(buffer + x - lo + u); }); };
           index_t u = 0;
-          for (; u + unit <= channels; u += unit)
-            Lanes<T>::store(pixel + u, sum_unit<m>(terms, c + u, [&](const acc* p) { return Lanes<acc>::load(p + u); }));
-          if (u < channels)
-            Lanes<T>::store(pixel + u, sum_unit<m>(terms, c + u, [&](const acc* p) { return Lanes<acc>::load(p + u); }), channels - u);
+          for (; u + unit <= channels; u += unit) Lanes<T>::store(pixel + u, sum(u));
+          if (u < channels) Lanes<T>::store(pixel + u, sum(u), channels - u);
         });
         continue;
       }
       for (index_t u = 0; u < pitch; ++u) total[u] = 0;
-      sources_of<ADJOINT>(op.cols, o, [&](index_t x, int q) {
-        sum_pixels(rows, c, channels, x, x + 1, elsewhere, pitch);
+      for (int m = 0; m < terms.count; ++m) {
+        sum_pixels(src, rows, c, channels, terms.offset[m] / pitch, terms.offset[m] / pitch + 1, elsewhere);
         for (index_t u = 0; u < pitch; u += unit) {
-          const auto v = weighted(Lanes<acc>::load(elsewhere + u), taps_w[q], c + u), sum = Lanes<acc>::load(total + u);
-          Lanes<acc>::store(total + u, {sum.a + v.a, sum.b + v.b});
+          Unit<acc> sum = Lanes<acc>::load(total + u);
+          add(sum, weighted(Lanes<acc>::load(elsewhere + u), terms.weight[m], c + u));
+          Lanes<acc>::store(total + u, sum);
         }
-      });
+      }
       for (index_t u = 0; u < channels; u += unit) {
         const auto v = Lanes<acc>::load(total + u);
         channels - u >= unit ? Lanes<T>::store(pixel + u, v) : Lanes<T>::store(pixel + u, v, channels - u);
@@ -585,24 +639,25 @@ struct Pixels {
   }
 
   // Sums of source rows at columns [lo, hi), in the lane order of T.
-  void sum_pixels(const Terms<T, W>& rows, index_t c, index_t channels, index_t lo, index_t hi, acc* buffer, index_t pitch) const {
+  void sum_pixels(const T* src, const Terms<W>& rows, index_t c, index_t channels, index_t lo, index_t hi, acc* buffer) const {
     if (rows.count == 0) {
       for (index_t i = 0; i < (hi - lo) * pitch; ++i) buffer[i] = 0;
       return;
     }
     const index_t stride = op.src_stride.c, next = op.src_stride.w;
     // Whole pixels that follow each other in memory are one long run.
-    const bool is_run = !op.per_channel && stride == 1 && next == channels && channels % unit == 0;
+    const bool is_run = !op.per_channel && stride == 1 && next == channels && channels == pitch;
     const index_t pixels = is_run ? 1 : hi - lo, length = is_run ? (hi - lo) * channels : channels;
-    unrolled(rows, [&](auto m) {
+    unrolled(rows.count, [&](auto m) {
       for (index_t x = 0; x < pixels; ++x) {
         const auto at = [&](index_t u, auto&& load) {
-          const index_t offset = (lo + x) * next + u * stride, channel = c + (is_run ? u % channels : u);
-          Lanes<acc>::store(buffer + x * pitch + u,
-                            sum_unit<m>(rows, channel, [&](const T* p) { return pre.pixel(load(p + offset), channel); }));
+          const index_t channel = c + (is_run ? u % channels : u);
+          const T* p = src + (lo + x) * next + u * stride;
+          Lanes<acc>::store(buffer + x * pitch + u, sum_terms<m>(rows, channel, [&](index_t row) { return pre.pixel(load(p + row), channel); }));
         };
         if (stride != 1) {
-          for (index_t u = 0; u < length; u += unit) at(u, [&](const T* p) { return load_row(p, stride, min(length - u, unit)); });
+          for (index_t u = 0; u < length; u += unit)
+            at(u, [&](const T* p) { return gathered(p, stride, length - u, [](const T* copy) { return Lanes<T>::load(copy); }); });
           continue;
         }
         index_t u = 0;
@@ -635,9 +690,12 @@ template <typename T, bool ADJOINT, typename Pre>
 void blur_pixels(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
   using acc = acc_t<T>;
   const auto run = [&](const auto* taps_h, const auto* taps_w) {
-    const Pixels<T, ADJOINT, std::remove_cv_t<std::remove_reference_t<decltype(*taps_h)>>, Pre> pixels{op, pre, taps_h, taps_w};
+    using W = std::remove_cv_t<std::remove_reference_t<decltype(*taps_h)>>;
+    const Pixels<T, ADJOINT, W, Pre> pixels{op, pre};
+    AxisTerms<ADJOINT, W> rows(op.rows, op.src_stride.h), cols(op.cols, pixels.pitch);
+    rows.set_taps(taps_h), cols.set_taps(taps_w);
     parallel(op.batch * pixels.out_rows, max(1, grain_pixels / max(op.cols.in * op.channels, 1)),
-             [&](index_t begin, index_t end) { pixels.run(begin, end); });
+             [&](index_t begin, index_t end) { pixels.run(begin, end, rows, cols); });
   };
   if (op.per_channel) {
     const ChannelTaps<T> taps_h(op.taps_h, op.channels, op.rows.taps), taps_w(op.taps_w, op.channels, op.cols.taps);

@@ -70,7 +70,8 @@ inline Unit<acc> interleave(Unit<acc> u) {
   return {__builtin_shuffle(u.a, u.b, low), __builtin_shuffle(u.a, u.b, high)};
 }
 
-// Loads and stores of whole and partial units (n elements; the lanes beyond are zero).
+// Loads and stores of whole and partial units (n elements; the lanes beyond are zero), and of single vectors, which are in
+// natural order for every type.
 template <typename T>
 struct Lanes;
 
@@ -82,6 +83,14 @@ struct WideLanes {
   static constexpr bool is_split = false;
   static Unit<acc> load(const acc* p) { return {V::load(p), V::load(p + V::lanes)}; }
   static void store(acc* p, Unit<acc> u) { V::store(p, u.a), V::store(p + V::lanes, u.b); }
+  static typename V::type load_vector(const acc* p) { return V::load(p); }
+  static void store_vector(acc* p, typename V::type v) { V::store(p, v); }
+  static typename V::type load_vector(const acc* p, int n) {
+    acc copy[V::lanes] = {};
+    std::memcpy(copy, p, n * sizeof(acc));
+    return V::load(copy);
+  }
+  static void store_vector(acc* p, typename V::type v, int n) { std::memcpy(p, &v, n * sizeof(acc)); }
   static Unit<acc> load(const acc* p, int n) {
     acc copy[unit] = {};
     std::memcpy(copy, p, n * sizeof(acc));
@@ -110,6 +119,10 @@ struct Lanes<float> : WideLanes<float> {
     _mm512_mask_storeu_ps(p, first(n), u.a);
     _mm512_mask_storeu_ps(p + 16, first(n - 16), u.b);
   }
+  using WideLanes::load_vector;
+  using WideLanes::store_vector;
+  static V::type load_vector(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static void store_vector(float* p, V::type v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
 #elif defined(__AVX2__)
   using WideLanes::load;
   using WideLanes::store;
@@ -121,6 +134,10 @@ struct Lanes<float> : WideLanes<float> {
     _mm256_maskstore_ps(p, first(n), u.a);
     _mm256_maskstore_ps(p + 8, first(n - 8), u.b);
   }
+  using WideLanes::load_vector;
+  using WideLanes::store_vector;
+  static V::type load_vector(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static void store_vector(float* p, V::type v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 #endif
 };
 
@@ -150,74 +167,97 @@ struct HalfBits {
 #endif
 };
 
-template <>
-struct Lanes<bfloat16> {
-  using Bits = HalfBits::Bits;
+// What bfloat16 and float16 share: a unit is one vector of bits, a single vector half of one.
+template <typename Self, typename T>
+struct HalfLanes {
   using V = Vector<float>;
+  using Bits = HalfBits::Bits;
+  typedef uint16_t HalfVector __attribute__((vector_size(vector_bytes / 2)));
+  typedef HalfVector unaligned_half __attribute__((aligned(2), may_alias));
   static constexpr int unit = HalfBits::unit;
-  static constexpr bool is_split = true;
-  static Unit<float> widen(Bits v) { return {(V::type)(v << 16), (V::type)(v & (int32_t)0xffff0000)}; }
-  // Round to nearest even into the upper 16 bits of each lane; a NaN stays one.
-  static Bits round(V::type v) {
-    typedef uint32_t unsigned_bits __attribute__((vector_size(vector_bytes)));
-    const unsigned_bits u = (unsigned_bits)v;
-    const unsigned_bits rounded = u + 0x7fff + ((u >> 16) & 1);
-    return (Bits)(v == v ? rounded : u | 0x00400000);
+
+  static Unit<float> load(const T* p) { return Self::widen(HalfBits::load(p)); }
+  static Unit<float> load(const T* p, int n) { return Self::widen(HalfBits::load(p, n)); }
+  static void store(T* p, Unit<float> u) { HalfBits::store(p, Self::narrow(u)); }
+  static void store(T* p, Unit<float> u, int n) { HalfBits::store(p, Self::narrow(u), n); }
+  static V::type load_vector(const T* p) { return Self::widen(*reinterpret_cast<const unaligned_half*>(p)); }
+  static void store_vector(T* p, V::type v) { *reinterpret_cast<unaligned_half*>(p) = Self::narrow(v); }
+#if defined(__AVX512BW__)
+  static __mmask16 first(int n) { return n >= 16 ? 0xffff : (1u << n) - 1; }
+  static V::type load_vector(const T* p, int n) { return Self::widen((HalfVector)_mm256_maskz_loadu_epi16(first(n), p)); }
+  static void store_vector(T* p, V::type v, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)Self::narrow(v)); }
+#else
+  static V::type load_vector(const T* p, int n) {
+    HalfVector bits = {};
+    std::memcpy(&bits, p, n * 2);
+    return Self::widen(bits);
   }
-  static Bits narrow(Unit<float> u) {
-    typedef uint32_t unsigned_bits __attribute__((vector_size(vector_bytes)));
-    return (Bits)((unsigned_bits)round(u.a) >> 16) | (round(u.b) & (int32_t)0xffff0000);
+  static void store_vector(T* p, V::type v, int n) {
+    const HalfVector bits = Self::narrow(v);
+    std::memcpy(p, &bits, n * 2);
   }
-  static Unit<float> load(const bfloat16* p) { return widen(HalfBits::load(p)); }
-  static Unit<float> load(const bfloat16* p, int n) { return widen(HalfBits::load(p, n)); }
-  static void store(bfloat16* p, Unit<float> u) { HalfBits::store(p, narrow(u)); }
-  static void store(bfloat16* p, Unit<float> u, int n) { HalfBits::store(p, narrow(u), n); }
+#endif
 };
 
 template <>
-struct Lanes<float16> {
-  using Bits = HalfBits::Bits;
-  using V = Vector<float>;
-  static constexpr int unit = HalfBits::unit;
+struct Lanes<bfloat16> : HalfLanes<Lanes<bfloat16>, bfloat16> {
+  static constexpr bool is_split = true;
+  typedef uint32_t Unsigned __attribute__((vector_size(vector_bytes)));
+
+  static Unit<float> widen(Bits v) { return {(V::type)(v << 16), (V::type)(v & (int32_t)0xffff0000)}; }
+  static V::type widen(HalfVector v) { return (V::type)(__builtin_convertvector(v, Unsigned) << 16); }
+  // Round to nearest even into the upper 16 bits of each lane; a nan stays one.
+  static Unsigned round(V::type v) {
+    const Unsigned u = (Unsigned)v;
+    return v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x00400000;
+  }
+  static Bits narrow(Unit<float> u) { return (Bits)((round(u.a) >> 16) | (round(u.b) & 0xffff0000)); }
+  static HalfVector narrow(V::type v) { return __builtin_convertvector(round(v) >> 16, HalfVector); }
+};
+
+template <>
+struct Lanes<float16> : HalfLanes<Lanes<float16>, float16> {
   static constexpr bool is_split = false;
+
 #if defined(__AVX512BW__)
-  static Unit<float> widen(Bits v) {
-    return {_mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)v)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)v, 1))};
-  }
-  static Bits narrow(Unit<float> u) {
-    const __m256i low = _mm512_cvtps_ph(u.a, _MM_FROUND_TO_NEAREST_INT), high = _mm512_cvtps_ph(u.b, _MM_FROUND_TO_NEAREST_INT);
-    return (Bits)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-  }
+  static V::type widen(HalfVector v) { return _mm512_cvtph_ps((__m256i)v); }
+  static HalfVector narrow(V::type v) { return (HalfVector)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__F16C__)
-  static Unit<float> widen(Bits v) {
-    return {_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)v)), _mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)v, 1))};
-  }
-  static Bits narrow(Unit<float> u) {
-    const __m128i low = _mm256_cvtps_ph(u.a, _MM_FROUND_TO_NEAREST_INT), high = _mm256_cvtps_ph(u.b, _MM_FROUND_TO_NEAREST_INT);
-    return (Bits)_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
-  }
+  static V::type widen(HalfVector v) { return _mm256_cvtph_ps((__m128i)v); }
+  static HalfVector narrow(V::type v) { return (HalfVector)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-  static Unit<float> widen(Bits v) {
-    _Float16 half[unit];
-    float wide[unit];
-    std::memcpy(half, &v, sizeof half);
-    for (int i = 0; i < unit; ++i) wide[i] = half[i];
-    return {V::load(wide), V::load(wide + V::lanes)};
+  static V::type widen(HalfVector v) {
+    V::type wide;
+    for (int i = 0; i < V::lanes; ++i) {
+      _Float16 h;
+      const uint16_t bits = v[i];
+      std::memcpy(&h, &bits, 2);
+      wide[i] = h;
+    }
+    return wide;
   }
-  static Bits narrow(Unit<float> u) {
-    _Float16 half[unit];
-    float wide[unit];
-    V::store(wide, u.a), V::store(wide + V::lanes, u.b);
-    for (int i = 0; i < unit; ++i) half[i] = (_Float16)wide[i];
-    Bits v;
-    std::memcpy(&v, half, sizeof half);
-    return v;
+  static HalfVector narrow(V::type v) {
+    HalfVector bits;
+    for (int i = 0; i < V::lanes; ++i) {
+      const _Float16 h = (_Float16)v[i];
+      uint16_t one;
+      std::memcpy(&one, &h, 2);
+      bits[i] = one;
+    }
+    return bits;
   }
 #endif
-  static Unit<float> load(const float16* p) { return widen(HalfBits::load(p)); }
-  static Unit<float> load(const float16* p, int n) { return widen(HalfBits::load(p, n)); }
-  static void store(float16* p, Unit<float> u) { HalfBits::store(p, narrow(u)); }
-  static void store(float16* p, Unit<float> u, int n) { HalfBits::store(p, narrow(u), n); }
+  static Unit<float> widen(Bits v) {
+    HalfVector halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return {widen(halves[0]), widen(halves[1])};
+  }
+  static Bits narrow(Unit<float> u) {
+    const HalfVector halves[2] = {narrow(u.a), narrow(u.b)};
+    Bits v;
+    std::memcpy(&v, halves, sizeof v);
+    return v;
+  }
 };
 
 // A unit in natural order, whatever the order of T's loads, and back.

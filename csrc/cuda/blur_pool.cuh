@@ -75,6 +75,16 @@ __device__ inline index_t split(index_t& index, index_t size) {
   return rest;
 }
 
+// One source row filtered for column w. Not inlined: the adjoint would repeat it at every place where a border visits a row.
+template <bool ADJOINT, typename acc, typename scalar_t, typename Pre>
+__device__ __attribute__((noinline)) acc filtered(const Axis& cols, index_t w, const acc* taps, const scalar_t* row, index_t stride, index_t c, const Pre& pre) {
+  acc line = 0;
+  const auto add = [&](index_t col, int q) { line += taps[q] * pre(static_cast<acc>(row[col * stride]), c); };
+  if constexpr (ADJOINT) cols.outputs_of(w, add);
+  else cols.inputs_of(w, add);
+  return line;
+}
+
 template <typename scalar_t, bool ADJOINT, typename Taps, typename Pre>
 __global__ void __launch_bounds__(block_threads) blur_any(const __grid_constant__ BlurPool op, const __grid_constant__ Taps taps, const Pre pre) {
   using acc = acc_t<scalar_t>;
@@ -91,11 +101,7 @@ __global__ void __launch_bounds__(block_threads) blur_any(const __grid_constant_
   const acc *taps_h = taps.rows(c), *taps_w = taps.cols(c);
   acc sum = 0;
   const auto add_row = [&](index_t row, int p) {
-    acc line = 0;
-    const auto add = [&](index_t col, int q) { line += taps_w[q] * pre(static_cast<acc>(src[row * s.h + col * s.w]), c); };
-    if constexpr (ADJOINT) op.cols.outputs_of(w, add);
-    else op.cols.inputs_of(w, add);
-    sum += taps_h[p] * line;
+    sum += taps_h[p] * filtered<ADJOINT>(op.cols, w, taps_w, src + row * s.h, s.w, c, pre);
   };
   if constexpr (ADJOINT) op.rows.outputs_of(h, add_row);
   else op.rows.inputs_of(h, add_row);
@@ -307,7 +313,7 @@ struct RowUp {
 };
 
 template <typename scalar_t, int K, typename Lane, typename Pre>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, K <= 5 ? 3 : 2)
     blur_down(const __grid_constant__ BlurPool op, const __grid_constant__ Taps<K> taps, const __grid_constant__ Walk walk, const Pre pre) {
   constexpr int M = (K + 1) / 2, V = Lane::values, AHEAD = Lane::ahead;  // M outputs have a pair of rows in common
   index_t n;
@@ -358,7 +364,7 @@ __global__ void __launch_bounds__(block_threads)
 }
 
 template <typename scalar_t, int K, typename Lane, typename Pre>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, K <= 3 ? 3 : 2)
     blur_up(const __grid_constant__ BlurPool op, const __grid_constant__ Stencils<K> rows, const __grid_constant__ Stencils<K> cols,
             const __grid_constant__ Walk walk, const Pre pre) {
   constexpr int V = Lane::values, N = Stencils<K>::size;
@@ -430,7 +436,7 @@ __global__ void __launch_bounds__(block_threads) taps_grad(const __grid_constant
   }
   __shared__ acc partial[block_threads];
   partial[threadIdx.x] = sum;
-  for (int half = block_threads / 2; half > 0; half /= 2) {
+  for (unsigned half = block_threads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
   }
