@@ -85,6 +85,25 @@ def blur_pool_taps_grad(dy, x, other, axis, size, stride, padding, pad_mode):
     return grad.to(other.dtype)
 
 
+def border_index(like: torch.Tensor, n: int, before: int, after: int, pad_mode: str) -> torch.Tensor:
+    """Which of an axis' n pixels each position of its extension shows; zeros, which shows none beyond, has no index.
+
+    Divisors are tensors because the ONNX exporter wants a symbolic size to be one.
+    """
+    t = torch.arange(n + before + after, device=like.device) - before
+    if pad_mode == "reflect":
+        # TorchScript has no sym_max, and the built-in max would fix a symbolic size while exporting.
+        if torch.jit.is_scripting():
+            period = max(2 * (n - 1), 1)
+        else:
+            period = torch.sym_max(2 * (n - 1), 1)
+        t = t.remainder(torch.full_like(t, period))
+        return torch.minimum(t, period - t)
+    if pad_mode == "replicate":
+        return t.clamp(0, n - 1)
+    return t.remainder(torch.full_like(t, n))
+
+
 def extend(x: torch.Tensor, padding: List[int], pad_mode: str, gather: bool = False) -> torch.Tensor:  # noqa: UP006
     """x with its border: F.pad, or with ``gather`` an index lookup that also serves maps smaller than the pad."""
     if max(padding) == 0:
@@ -94,19 +113,8 @@ def extend(x: torch.Tensor, padding: List[int], pad_mode: str, gather: bool = Fa
     if not gather:
         return F.pad(x, padding, mode=pad_mode)
     left, right, top, bottom = padding
-    for dim, before, after in ((-2, top, bottom), (-1, left, right)):
-        n = x.shape[dim]
-        t = torch.arange(n + before + after, device=x.device) - before
-        if pad_mode == "reflect":
-            period = torch.sym_max(2 * (n - 1), 1)
-            t = t.remainder(period)
-            t = torch.minimum(t, period - t)
-        elif pad_mode == "replicate":
-            t = t.clamp(0, n - 1)
-        else:
-            t = t.remainder(n)
-        x = x.index_select(dim, t)
-    return x
+    x = x.index_select(-2, border_index(x, x.shape[-2], top, bottom, pad_mode))
+    return x.index_select(-1, border_index(x, x.shape[-1], left, right, pad_mode))
 
 
 def unfused(
@@ -116,18 +124,30 @@ def unfused(
     stride: List[int],  # noqa: UP006
     padding: List[int],  # noqa: UP006
     pad_mode: str,
+    gather: bool = False,
 ) -> torch.Tensor:
     """The blur as pad and depthwise convolution, from numbers."""
+    channels = x.shape[1]
+    if torch.jit.is_tracing():
+        channels = int(channels)  # ONNX's older exporter wants the kernel's shape constant
     h = torch.tensor(taps_h, dtype=torch.float64, device=x.device)
     w = torch.tensor(taps_w, dtype=torch.float64, device=x.device)
-    kernel = (h[:, None] * w).to(x.dtype).expand(x.shape[1], 1, len(taps_h), len(taps_w))
-    return F.conv2d(extend(x, padding, pad_mode), kernel, stride=stride, groups=x.shape[1])
+    kernel = (h[:, None] * w).to(x.dtype).expand(channels, 1, len(taps_h), len(taps_w))
+    return F.conv2d(extend(x, padding, pad_mode, gather), kernel, stride=stride, groups=channels)
 
 
-def unfused_taps(x, taps_h, taps_w, stride, padding, pad_mode):
+def unfused_taps(
+    x: torch.Tensor,
+    taps_h: torch.Tensor,
+    taps_w: torch.Tensor,
+    stride: List[int],  # noqa: UP006
+    padding: List[int],  # noqa: UP006
+    pad_mode: str,
+    gather: bool = False,
+) -> torch.Tensor:
     """The blur as pad and depthwise convolution, from (C, k) tensors of taps."""
     kernel = (taps_h[:, :, None] * taps_w[:, None, :]).to(x.dtype)
-    return F.conv2d(extend(x, padding, pad_mode), kernel[:, None], stride=stride, groups=x.shape[1])
+    return F.conv2d(extend(x, padding, pad_mode, gather), kernel[:, None], stride=stride, groups=x.shape[1])
 
 
 def status(device: str) -> tuple[str, str, str]:

@@ -95,7 +95,8 @@ def row(name: str, taps: object) -> tuple[float, ...] | torch.Tensor:
             raise ValueError(f"{name} as an int counts the taps of a binomial and must be >= 1, got {taps}")
         return filters.binomial(taps)  # type: ignore[arg-type]
     if isinstance(taps, Sequence) and not isinstance(taps, (str, bytes)):
-        if not taps or not all(isinstance(t, float) and math.isfinite(t) for t in taps):
+        # Compared, not math.isfinite: torch.compile makes floats of a list symbolic, and traces comparisons only.
+        if not taps or not all(isinstance(t, float) and -math.inf < t < math.inf for t in taps):
             raise ValueError(
                 f"{name} as a row must be a non-empty sequence of finite floats (an int alone counts binomial taps), got {taps!r}"
             )

@@ -135,11 +135,11 @@ def apply(x: torch.Tensor, window: Window) -> torch.Tensor:
 def _apply4d(x: torch.Tensor, window: Window) -> torch.Tensor:
     if not window.learned:
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-            return reference.unfused(x, *window)
+            return reference.unfused(x, *window)  # type: ignore[arg-type]
         return _down(x, *window)
     rows = pair_of_rows(window, x)
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return reference.unfused_taps(x, *rows, *window[2:])
+        return reference.unfused_taps(x, *rows, *window[2:])  # type: ignore[arg-type]
     return _learned_down(x, *rows, *window[2:])
 
 def blur_pool2d(

@@ -44,7 +44,7 @@ index_t results(const Axis& axis) {
 
 // visit(source, tap) for everything that result o of an axis is a sum of.
 template <bool ADJOINT, typename Visit>
-inline void sources_of(const Axis& axis, index_t o, Visit&& visit) {
+INLINED inline void sources_of(const Axis& axis, index_t o, Visit&& visit) {
   if constexpr (ADJOINT)
     axis.outputs_of(o, visit);
   else
@@ -129,7 +129,7 @@ class AxisTerms {
  private:
   int find(index_t o, index_t* offset, W* weight) const {
     int n = 0;
-    sources_of<ADJOINT>(axis_, o, [&](index_t source, int p) { offset[n] = source * spacing_, weight[n++] = taps_[p]; });
+    sources_of<ADJOINT>(axis_, o, [&](index_t source, int p) INLINED { offset[n] = source * spacing_, weight[n++] = taps_[p]; });
     return n;
   }
 
@@ -143,7 +143,7 @@ class AxisTerms {
 
 // f(N) with n as a compile-time number, 0 for any above 8.
 template <typename F>
-inline void unrolled(int n, F&& f) {
+INLINED inline void unrolled(int n, F&& f) {
   switch (n) {
     case 1: return f(std::integral_constant<int, 1>{});
     case 2: return f(std::integral_constant<int, 2>{});
@@ -158,29 +158,29 @@ inline void unrolled(int n, F&& f) {
 }
 
 template <typename V>
-inline V weighted(V v, acc_t<std::remove_cv_t<std::remove_reference_t<decltype(v[0])>>> w, index_t) {
+INLINED inline V weighted(V v, acc_t<std::remove_cv_t<std::remove_reference_t<decltype(v[0])>>> w, index_t) {
   return v * w;
 }
 template <typename acc>
-inline Unit<acc> weighted(Unit<acc> u, acc w, index_t) {
+INLINED inline Unit<acc> weighted(Unit<acc> u, acc w, index_t) {
   return {u.a * w, u.b * w};
 }
 template <typename acc>
-inline Unit<acc> weighted(Unit<acc> u, const acc* w, index_t c) {
+INLINED inline Unit<acc> weighted(Unit<acc> u, const acc* w, index_t c) {
   return {u.a * Vector<acc>::load(w + c), u.b * Vector<acc>::load(w + c + Vector<acc>::lanes)};
 }
 template <typename V>
-inline void add(V& sum, V v) {
+INLINED inline void add(V& sum, V v) {
   sum += v;
 }
 template <typename acc>
-inline void add(Unit<acc>& sum, Unit<acc> u) {
+INLINED inline void add(Unit<acc>& sum, Unit<acc> u) {
   sum.a += u.a, sum.b += u.b;
 }
 
 // The sum of M terms (M = 0: of t.count), each loaded by load(offset), at channel c.
 template <int M, typename W, typename Load>
-inline auto sum_terms(const Terms<W>& t, index_t c, Load&& load) {
+INLINED inline auto sum_terms(const Terms<W>& t, index_t c, Load&& load) {
   auto sum = weighted(load(t.offset[0]), t.weight[0], c);
   const int count = M ? M : t.count;
 #pragma GCC unroll 8
@@ -192,7 +192,7 @@ inline auto sum_terms(const Terms<W>& t, index_t c, Load&& load) {
 
 // n pixels, `stride` elements apart, through `load` from a copy without gaps.
 template <typename T, typename Load>
-inline auto gathered(const T* p, index_t stride, index_t n, Load&& load) {
+INLINED inline auto gathered(const T* p, index_t stride, index_t n, Load&& load) {
   T copy[Lanes<T>::unit] = {};
   for (int i = 0; i < n && i < Lanes<T>::unit; ++i) copy[i] = p[i * stride];
   return load(copy);
@@ -201,16 +201,16 @@ inline auto gathered(const T* p, index_t stride, index_t n, Load&& load) {
 // Sums of source rows over columns [lo, hi) as single vectors in natural order or, `by_units`, as units in T's order:
 // store(column - lo, sum).
 template <bool by_units, typename T, typename Pre, typename Store>
-inline void sum_rows(const T* src, const Terms<acc_t<T>>& t, index_t lo, index_t hi, index_t stride, const Pre& pre, index_t c, Store&& store) {
+INLINED inline void sum_rows(const T* src, const Terms<acc_t<T>>& t, index_t lo, index_t hi, index_t stride, const Pre& pre, index_t c, Store&& store) {
   using L = Lanes<T>;
   constexpr int width = by_units ? L::unit : Vector<acc_t<T>>::lanes;
-  const auto load = [](const T* p) {
+  const auto load = [](const T* p) INLINED {
     if constexpr (by_units)
       return L::load(p);
     else
       return L::load_vector(p);
   };
-  const auto load_first = [](const T* p, int n) {
+  const auto load_first = [](const T* p, int n) INLINED {
     if constexpr (by_units)
       return L::load(p, n);
     else
@@ -222,26 +222,26 @@ inline void sum_rows(const T* src, const Terms<acc_t<T>>& t, index_t lo, index_t
   }
   if (stride != 1) {
     for (index_t x = lo; x < hi; x += width)
-      store(x - lo, sum_terms<0>(t, c, [&](index_t row) { return pre.row(gathered(src + row + x * stride, stride, hi - x, load), c); }));
+      store(x - lo, sum_terms<0>(t, c, [&](index_t row) INLINED { return pre.row(gathered(src + row + x * stride, stride, hi - x, load), c); }));
     return;
   }
-  unrolled(t.count, [&](auto m) {
+  unrolled(t.count, [&](auto m) INLINED {
     index_t x = lo;
-    for (; x + width <= hi; x += width) store(x - lo, sum_terms<m>(t, c, [&](index_t row) { return pre.row(load(src + row + x), c); }));
-    if (x < hi) store(x - lo, sum_terms<m>(t, c, [&](index_t row) { return pre.row(load_first(src + row + x, hi - x), c); }));
+    for (; x + width <= hi; x += width) store(x - lo, sum_terms<m>(t, c, [&](index_t row) INLINED { return pre.row(load(src + row + x), c); }));
+    if (x < hi) store(x - lo, sum_terms<m>(t, c, [&](index_t row) INLINED { return pre.row(load_first(src + row + x, hi - x), c); }));
   });
 }
 
 // The sum of source rows at one column.
 template <typename T, typename Pre>
-acc_t<T> sum_rows_at(const T* src, const Terms<acc_t<T>>& t, index_t x, index_t stride, const Pre& pre, index_t c) {
+INLINED inline acc_t<T> sum_rows_at(const T* src, const Terms<acc_t<T>>& t, index_t x, index_t stride, const Pre& pre, index_t c) {
   acc_t<T> sum = 0;
-  sum_rows<false>(src, t, x, x + 1, stride, pre, c, [&](index_t, auto v) { sum = v[0]; });
+  sum_rows<false>(src, t, x, x + 1, stride, pre, c, [&](index_t, auto v) INLINED { sum = v[0]; });
   return sum;
 }
 
 template <typename T>
-inline void store_unit(T* p, index_t stride, Unit<acc_t<T>> natural, index_t n) {
+INLINED inline void store_unit(T* p, index_t stride, Unit<acc_t<T>> natural, index_t n) {
   const auto u = from_natural<T>(natural);
   if (stride == 1) return n >= Lanes<T>::unit ? Lanes<T>::store(p, u) : Lanes<T>::store(p, u, n);
   T copy[Lanes<T>::unit];
@@ -250,7 +250,7 @@ inline void store_unit(T* p, index_t stride, Unit<acc_t<T>> natural, index_t n) 
 }
 
 template <typename T>
-inline void store_vector(T* p, index_t stride, typename Vector<acc_t<T>>::type v, index_t n) {
+INLINED inline void store_vector(T* p, index_t stride, typename Vector<acc_t<T>>::type v, index_t n) {
   if (stride == 1) return n >= Vector<acc_t<T>>::lanes ? Lanes<T>::store_vector(p, v) : Lanes<T>::store_vector(p, v, n);
   T copy[Lanes<T>::unit];
   Lanes<T>::store_vector(copy, v);
@@ -280,7 +280,7 @@ struct Pattern {
     int count[V::lanes], largest = 0, smallest = most_terms;
     for (int i = 0; i < used; ++i) {
       int n = 0;
-      sources_of<ADJOINT>(axis, o + i, [&](index_t from, int p) {
+      sources_of<ADJOINT>(axis, o + i, [&](index_t from, int p) INLINED {
         if (n < most_terms) source[i][n] = from, tap[i][n] = taps[p];
         ++n;
         lo = min(lo, from), hi = max(hi, from);
@@ -311,7 +311,7 @@ struct Pattern {
       for (index_t b = 0; b < blocks; ++b) {
         const acc* p = buffer + r * pitch + b * step;
         const auto low = V::load(p), high = WIDE ? V::load(p + V::lanes) : low;
-        const auto permuted = [&](int m) { return WIDE ? __builtin_shuffle(low, high, l[m]) : __builtin_shuffle(low, l[m]); };
+        const auto permuted = [&](int m) INLINED { return WIDE ? __builtin_shuffle(low, high, l[m]) : __builtin_shuffle(low, l[m]); };
         auto sum = permuted(0) * w[0];
 #pragma GCC unroll 8
         for (int m = 1; m < count; ++m) sum += permuted(m) * w[m];
@@ -361,7 +361,7 @@ struct Columns {
 // Columns by phase, forward and for any row: source t of the extended row goes to phase t % stride, so that tap q of
 // neighbouring results reads neighbouring elements of one phase.
 template <int K, int S, typename acc, typename Store>
-inline void sum_phases(const acc* phases, index_t pitch, const acc* taps, int k, int stride, index_t n, Store&& store) {
+INLINED inline void sum_phases(const acc* phases, index_t pitch, const acc* taps, int k, int stride, index_t n, Store&& store) {
   using V = Vector<acc>;
   const int count = K ? K : k, s = S ? S : stride;
   for (index_t j = 0; j < n; j += 2 * V::lanes) {
@@ -410,16 +410,28 @@ struct Planes {
   // A row of the result, and the plane that it is made from.
   struct Row {
     index_t n, c, o;
+    const T* src;
+    T* dst;
+    bool roomy;  // a whole vector may be read at the end of every row of the plane: what follows is still the tensor
   };
-  Row row_at(index_t item) const { return {item / out_rows / op.channels, item / out_rows % op.channels, item % out_rows}; }
-  void advance(Row& r) const {
+  void enter(Row& r) const {
+    r.src = static_cast<const T*>(op.src) + r.n * op.src_stride.n + r.c * op.src_stride.c;
+    r.dst = static_cast<T*>(op.dst) + r.n * op.dst_stride.n + r.c * op.dst_stride.c + r.o * op.dst_stride.h;
+    const Strides& s = op.src_stride;
+    r.roomy = (op.batch - 1 - r.n) * s.n + (op.channels - 1 - r.c) * s.c >= unit;
+  }
+  Row row_at(index_t item) const {
+    Row r{item / out_rows / op.channels, item / out_rows % op.channels, item % out_rows, nullptr, nullptr, false};
+    enter(r);
+    return r;
+  }
+  INLINED void advance(Row& r) const {
+    r.dst += op.dst_stride.h;
     if (++r.o < out_rows) return;
     r.o = 0;
-    if (++r.c < op.channels) return;
-    r.c = 0, ++r.n;
+    if (++r.c == op.channels) r.c = 0, ++r.n;
+    enter(r);
   }
-  const T* src(const Row& r) const { return static_cast<const T*>(op.src) + r.n * op.src_stride.n + r.c * op.src_stride.c; }
-  T* dst(const Row& r) const { return static_cast<T*>(op.dst) + r.n * op.dst_stride.n + r.c * op.dst_stride.c + r.o * op.dst_stride.h; }
 
   using Finder = typename AxisTerms<ADJOINT, acc>::Finder;
 
@@ -449,17 +461,17 @@ struct Planes {
     const Row first = row;
     T* to[most_rows];
     for (int r = 0; r < rows; ++r, advance(row)) {
-      to[r] = dst(row);
+      to[r] = row.dst;
       acc* sums = buffer + r * pitch;
-      sum_rows<false>(src(row), terms(row.o), lo, hi, op.src_stride.w, pre, row.c, [&](index_t x, auto v) { V::store(sums + x, v); });
+      sum_rows<false>(row.src, terms(row.o), lo, row.roomy ? lo + round_up(hi - lo, V::lanes) : hi, op.src_stride.w, pre, row.c, [&](index_t x, auto v) INLINED { V::store(sums + x, v); });
     }
     for (index_t b = begin / V::lanes, last = (end + V::lanes - 1) / V::lanes; b < last;) {
       const index_t stop = columns.fits ? min(columns.next(b), last) : b + 1, o = b * V::lanes;
-      const auto store = [&](int r, index_t i, auto v) { store_vector(to[r] + (o + i * V::lanes) * gap, gap, v, end - o - i * V::lanes); };
+      const auto store = [&](int r, index_t i, auto v) INLINED { store_vector(to[r] + (o + i * V::lanes) * gap, gap, v, end - o - i * V::lanes); };
       const Pattern<acc>& pattern = columns.pattern[columns.fits ? columns.slot(b) : 0];
       if (columns.fits && pattern.terms && columns.base(b) >= lo && columns.base(stop - 1) + pattern.span < hi) {
         const acc* from = buffer + columns.base(b) - lo;
-        unrolled(pattern.terms, [&](auto m) {
+        unrolled(pattern.terms, [&](auto m) INLINED {
           if (pattern.wide())
             pattern.template apply<m, true>(from, columns.step, stop - b, pitch, rows, store);
           else
@@ -477,8 +489,8 @@ struct Planes {
   typename V::type lane_by_lane(const Row& row, const Finder& terms, const acc* taps, index_t o, const acc* sums, index_t lo, index_t hi) const {
     typename V::type v{};
     for (int i = 0; i < V::lanes && o + i < out_cols; ++i)
-      sources_of<ADJOINT>(op.cols, o + i, [&](index_t x, int q) {
-        v[i] += taps[q] * (x >= lo && x < hi ? sums[x - lo] : sum_rows_at(src(row), terms(row.o), x, op.src_stride.w, pre, row.c));
+      sources_of<ADJOINT>(op.cols, o + i, [&](index_t x, int q) INLINED {
+        v[i] += taps[q] * (x >= lo && x < hi ? sums[x - lo] : sum_rows_at(row.src, terms(row.o), x, op.src_stride.w, pre, row.c));
       });
     return v;
   }
@@ -490,27 +502,27 @@ struct Planes {
     const index_t first = begin * s - axis.before, last = (end - 1) * s + k - axis.before;  // of the extended row
     const Range at_hand = buffered<ADJOINT>(axis, begin, end);
     const index_t lo = at_hand.lo, hi = at_hand.hi, gap = op.dst_stride.w;
-    const auto place = [&](index_t t) { return (t - first) % s * phase_pitch + (t - first) / s; };
+    const auto place = [&](index_t t) INLINED { return (t - first) % s * phase_pitch + (t - first) / s; };
     const index_t even = place(lo), odd = place(lo + 1);
     const Row first_row = row;
     T* to[most_rows];
 
     for (int r = 0; r < rows; ++r, advance(row)) {
-      to[r] = dst(row) + begin * gap;
+      to[r] = row.dst + begin * gap;
       acc* phases = buffer + r * pitch;
-      const auto sum = [&](auto&& store) { sum_rows<true>(src(row), terms(row.o), lo, hi, op.src_stride.w, pre, row.c, store); };
+      const auto sum = [&](auto&& store) INLINED { sum_rows<true>(row.src, terms(row.o), lo, row.roomy ? lo + round_up(hi - lo, unit) : hi, op.src_stride.w, pre, row.c, store); };
       if (s == 1) {
-        sum([&](index_t x, Unit<acc> u) {
+        sum([&](index_t x, Unit<acc> u) INLINED {
           const auto v = to_natural<T>(u);
           V::store(phases + even + x, v.a), V::store(phases + even + x + V::lanes, v.b);
         });
       } else if (s == 2) {
-        sum([&](index_t x, Unit<acc> u) {
+        sum([&](index_t x, Unit<acc> u) INLINED {
           const auto v = Lanes<T>::is_split ? u : split(u);
           V::store(phases + even + x / 2, v.a), V::store(phases + odd + x / 2, v.b);
         });
       } else {
-        sum([&](index_t x, Unit<acc> u) {
+        sum([&](index_t x, Unit<acc> u) INLINED {
           const auto v = to_natural<T>(u);
           for (int i = 0; i < V::lanes; ++i) {
             if (x + i < hi - lo) phases[place(lo + x + i)] = v.a[i];
@@ -519,7 +531,7 @@ struct Planes {
         });
       }
     }
-    const auto fill = [&](index_t t) {
+    const auto fill = [&](index_t t) INLINED {
       const index_t x = axis.source(t), to = place(t);
       if (x >= lo && x < hi) {
         const index_t from = place(x);
@@ -528,18 +540,18 @@ struct Planes {
       }
       row = first_row;
       for (int r = 0; r < rows; ++r, advance(row))
-        buffer[r * pitch + to] = x < 0 ? acc(0) : sum_rows_at(src(row), terms(row.o), x, op.src_stride.w, pre, row.c);
+        buffer[r * pitch + to] = x < 0 ? acc(0) : sum_rows_at(row.src, terms(row.o), x, op.src_stride.w, pre, row.c);
     };
     for (index_t t = first; t < min(lo, last); ++t) fill(t);
     for (index_t t = max(hi, first); t < last; ++t) fill(t);
 
-    const auto columns = [&](auto taps_count, auto stride) {
+    const auto columns = [&](auto taps_count, auto stride) INLINED {
       for (int r = 0; r < rows; ++r)
         sum_phases<taps_count, stride>(buffer + r * pitch, phase_pitch, taps, k, s, end - begin,
-                                       [&](index_t j, Unit<acc> u) { store_unit(to[r] + j * gap, gap, u, end - begin - j); });
+                                       [&](index_t j, Unit<acc> u) INLINED { store_unit(to[r] + j * gap, gap, u, end - begin - j); });
     };
     if (s == 2)
-      unrolled(k, [&](auto taps_count) { columns(taps_count, std::integral_constant<int, 2>{}); });
+      unrolled(k, [&](auto taps_count) INLINED { columns(taps_count, std::integral_constant<int, 2>{}); });
     else
       columns(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
   }
@@ -554,7 +566,7 @@ void blur_planes(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
   const P planes{op, pre};
   typename P::Tables shared(op);
   if (!op.per_channel) shared.build(planes, 0);
-  parallel(op.batch * op.channels * planes.out_rows, max(1, grain_pixels / max(op.cols.in, 1)), [&](index_t begin, index_t end) {
+  parallel(op.batch * op.channels * planes.out_rows, max(1, grain_pixels / max(op.cols.in, 1)), [&](index_t begin, index_t end) INLINED {
     if (!op.per_channel) return planes.run(begin, end, shared);
     typename P::Tables own(op);
     planes.run(begin, end, own);
@@ -614,8 +626,8 @@ struct Pixels {
       bool all_at_hand = terms.count > 0;
       for (int m = 0; m < terms.count; ++m) all_at_hand &= terms.offset[m] >= lo && terms.offset[m] < hi;
       if (all_at_hand) {
-        unrolled(terms.count, [&](auto m) {
-          const auto sum = [&](index_t u) { return sum_terms<m>(terms, c + u, [&](index_t x) { return Lanes<acc>::load(buffer + x - lo + u); }); };
+        unrolled(terms.count, [&](auto m) INLINED {
+          const auto sum = [&](index_t u) INLINED { return sum_terms<m>(terms, c + u, [&](index_t x) INLINED { return Lanes<acc>::load(buffer + x - lo + u); }); };
           index_t u = 0;
           for (; u + unit <= channels; u += unit) Lanes<T>::store(pixel + u, sum(u));
           if (u < channels) Lanes<T>::store(pixel + u, sum(u), channels - u);
@@ -648,21 +660,21 @@ struct Pixels {
     // Whole pixels that follow each other in memory are one long run.
     const bool is_run = !op.per_channel && stride == 1 && next == channels && channels == pitch;
     const index_t pixels = is_run ? 1 : hi - lo, length = is_run ? (hi - lo) * channels : channels;
-    unrolled(rows.count, [&](auto m) {
+    unrolled(rows.count, [&](auto m) INLINED {
       for (index_t x = 0; x < pixels; ++x) {
-        const auto at = [&](index_t u, auto&& load) {
+        const auto at = [&](index_t u, auto&& load) INLINED {
           const index_t channel = c + (is_run ? u % channels : u);
           const T* p = src + (lo + x) * next + u * stride;
-          Lanes<acc>::store(buffer + x * pitch + u, sum_terms<m>(rows, channel, [&](index_t row) { return pre.pixel(load(p + row), channel); }));
+          Lanes<acc>::store(buffer + x * pitch + u, sum_terms<m>(rows, channel, [&](index_t row) INLINED { return pre.pixel(load(p + row), channel); }));
         };
         if (stride != 1) {
           for (index_t u = 0; u < length; u += unit)
-            at(u, [&](const T* p) { return gathered(p, stride, length - u, [](const T* copy) { return Lanes<T>::load(copy); }); });
+            at(u, [&](const T* p) INLINED { return gathered(p, stride, length - u, [](const T* copy) INLINED { return Lanes<T>::load(copy); }); });
           continue;
         }
         index_t u = 0;
-        for (; u + unit <= length; u += unit) at(u, [](const T* p) { return Lanes<T>::load(p); });
-        if (u < length) at(u, [&](const T* p) { return Lanes<T>::load(p, length - u); });
+        for (; u + unit <= length; u += unit) at(u, [](const T* p) INLINED { return Lanes<T>::load(p); });
+        if (u < length) at(u, [&](const T* p) INLINED { return Lanes<T>::load(p, length - u); });
       }
     });
   }
@@ -689,13 +701,13 @@ struct ChannelTaps {
 template <typename T, bool ADJOINT, typename Pre>
 void blur_pixels(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
   using acc = acc_t<T>;
-  const auto run = [&](const auto* taps_h, const auto* taps_w) {
+  const auto run = [&](const auto* taps_h, const auto* taps_w) INLINED {
     using W = std::remove_cv_t<std::remove_reference_t<decltype(*taps_h)>>;
     const Pixels<T, ADJOINT, W, Pre> pixels{op, pre};
     AxisTerms<ADJOINT, W> rows(op.rows, op.src_stride.h), cols(op.cols, pixels.pitch);
     rows.set_taps(taps_h), cols.set_taps(taps_w);
     parallel(op.batch * pixels.out_rows, max(1, grain_pixels / max(op.cols.in * op.channels, 1)),
-             [&](index_t begin, index_t end) { pixels.run(begin, end, rows, cols); });
+             [&](index_t begin, index_t end) INLINED { pixels.run(begin, end, rows, cols); });
   };
   if (op.per_channel) {
     const ChannelTaps<T> taps_h(op.taps_h, op.channels, op.rows.taps), taps_w(op.taps_w, op.channels, op.cols.taps);
@@ -723,11 +735,11 @@ void taps_grad_of(const TapsGrad& op, const Parallel& parallel) {
   using acc = acc_t<T>;
   const int kh = op.rows.taps, kw = op.cols.taps;
   const Axis &own = op.axis == 0 ? op.rows : op.cols, &cross = op.axis == 0 ? op.cols : op.rows;
-  const auto offset = [&](const Strides& s, index_t along_own, index_t along_cross) {
+  const auto offset = [&](const Strides& s, index_t along_own, index_t along_cross) INLINED {
     return op.axis == 0 ? along_own * s.h + along_cross * s.w : along_own * s.w + along_cross * s.h;
   };
   const index_t work = max(op.batch * op.rows.out * op.cols.out * (kh + kw), 1);
-  parallel(op.channels, max(1, grain_pixels / work), [&](index_t begin, index_t end) {
+  parallel(op.channels, max(1, grain_pixels / work), [&](index_t begin, index_t end) INLINED {
     Scratch<double> sum(own.taps), dy_spread(cross.in);
     for (index_t c = begin; c < end; ++c) {
       const acc* other = static_cast<const acc*>(op.other) + c * cross.taps;
@@ -739,10 +751,10 @@ void taps_grad_of(const TapsGrad& op, const Parallel& parallel) {
           // The other axis' adjoint of one line of dy, then its product with every line of x that this line's taps read.
           for (index_t h = 0; h < cross.in; ++h) {
             double d = 0;
-            cross.outputs_of(h, [&](index_t j, int q) { d += (double)other[q] * widen(dy[offset(op.dy_stride, o, j)]); });
+            cross.outputs_of(h, [&](index_t j, int q) INLINED { d += (double)other[q] * widen(dy[offset(op.dy_stride, o, j)]); });
             dy_spread.data[h] = d;
           }
-          own.inputs_of(o, [&](index_t line, int p) {
+          own.inputs_of(o, [&](index_t line, int p) INLINED {
             double d = 0;
             for (index_t h = 0; h < cross.in; ++h) d += dy_spread.data[h] * widen(x[offset(op.x_stride, line, h)]);
             sum.data[p] += d;
@@ -767,11 +779,11 @@ void by_dtype(Dtype dtype, Of&& of) {
 }  // namespace
 
 void blur_pool(const BlurPool& op, const Parallel& parallel) {
-  by_dtype(op.dtype, [&](auto zero) { blur_pool_of<decltype(zero)>(op, parallel); });
+  by_dtype(op.dtype, [&](auto zero) INLINED { blur_pool_of<decltype(zero)>(op, parallel); });
 }
 
 void taps_grad(const TapsGrad& op, const Parallel& parallel) {
-  by_dtype(op.dtype, [&](auto zero) { taps_grad_of<decltype(zero)>(op, parallel); });
+  by_dtype(op.dtype, [&](auto zero) INLINED { taps_grad_of<decltype(zero)>(op, parallel); });
 }
 
 }  // namespace AF_ISA

@@ -14,6 +14,9 @@
 
 #include "../window.h"
 
+// Helpers and loop bodies: a call would pass vectors through memory.
+#define INLINED __attribute__((always_inline))
+
 namespace aliasfused {
 namespace AF_ISA {
 
@@ -38,8 +41,8 @@ struct Vector {
   typedef acc unaligned __attribute__((vector_size(vector_bytes), aligned(sizeof(acc)), may_alias));
   typedef lane_index index __attribute__((vector_size(vector_bytes)));
 
-  static type load(const acc* p) { return *reinterpret_cast<const unaligned*>(p); }
-  static void store(acc* p, type v) { *reinterpret_cast<unaligned*>(p) = v; }
+  INLINED static type load(const acc* p) { return *reinterpret_cast<const unaligned*>(p); }
+  INLINED static void store(acc* p, type v) { *reinterpret_cast<unaligned*>(p) = v; }
 };
 
 template <typename acc>
@@ -49,19 +52,19 @@ struct Unit {
 
 // The index vector start, start + step, ...
 template <typename acc>
-inline typename Vector<acc>::index iota(int start, int step) {
+INLINED inline typename Vector<acc>::index iota(int start, int step) {
   typename Vector<acc>::index v;
   for (int i = 0; i < Vector<acc>::lanes; ++i) v[i] = start + step * i;
   return v;
 }
 
 template <typename acc>
-inline Unit<acc> split(Unit<acc> u) {
+INLINED inline Unit<acc> split(Unit<acc> u) {
   return {__builtin_shuffle(u.a, u.b, iota<acc>(0, 2)), __builtin_shuffle(u.a, u.b, iota<acc>(1, 2))};
 }
 
 template <typename acc>
-inline Unit<acc> interleave(Unit<acc> u) {
+INLINED inline Unit<acc> interleave(Unit<acc> u) {
   typename Vector<acc>::index low, high;
   for (int i = 0; i < Vector<acc>::lanes; ++i) {
     low[i] = i / 2 + (i % 2) * Vector<acc>::lanes;
@@ -81,22 +84,22 @@ struct WideLanes {
   using V = Vector<acc>;
   static constexpr int unit = 2 * V::lanes;
   static constexpr bool is_split = false;
-  static Unit<acc> load(const acc* p) { return {V::load(p), V::load(p + V::lanes)}; }
-  static void store(acc* p, Unit<acc> u) { V::store(p, u.a), V::store(p + V::lanes, u.b); }
-  static typename V::type load_vector(const acc* p) { return V::load(p); }
-  static void store_vector(acc* p, typename V::type v) { V::store(p, v); }
-  static typename V::type load_vector(const acc* p, int n) {
+  INLINED static Unit<acc> load(const acc* p) { return {V::load(p), V::load(p + V::lanes)}; }
+  INLINED static void store(acc* p, Unit<acc> u) { V::store(p, u.a), V::store(p + V::lanes, u.b); }
+  INLINED static typename V::type load_vector(const acc* p) { return V::load(p); }
+  INLINED static void store_vector(acc* p, typename V::type v) { V::store(p, v); }
+  INLINED static typename V::type load_vector(const acc* p, int n) {
     acc copy[V::lanes] = {};
     std::memcpy(copy, p, n * sizeof(acc));
     return V::load(copy);
   }
-  static void store_vector(acc* p, typename V::type v, int n) { std::memcpy(p, &v, n * sizeof(acc)); }
-  static Unit<acc> load(const acc* p, int n) {
+  INLINED static void store_vector(acc* p, typename V::type v, int n) { std::memcpy(p, &v, n * sizeof(acc)); }
+  INLINED static Unit<acc> load(const acc* p, int n) {
     acc copy[unit] = {};
     std::memcpy(copy, p, n * sizeof(acc));
     return load(copy);
   }
-  static void store(acc* p, Unit<acc> u, int n) {
+  INLINED static void store(acc* p, Unit<acc> u, int n) {
     acc copy[unit];
     store(copy, u);
     std::memcpy(p, copy, n * sizeof(acc));
@@ -111,33 +114,33 @@ struct Lanes<float> : WideLanes<float> {
 #if defined(__AVX512BW__)
   using WideLanes::load;
   using WideLanes::store;
-  static __mmask16 first(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-  static Unit<float> load(const float* p, int n) {
+  INLINED static __mmask16 first(int n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+  INLINED static Unit<float> load(const float* p, int n) {
     return {_mm512_maskz_loadu_ps(first(n), p), _mm512_maskz_loadu_ps(first(n - 16), p + 16)};
   }
-  static void store(float* p, Unit<float> u, int n) {
+  INLINED static void store(float* p, Unit<float> u, int n) {
     _mm512_mask_storeu_ps(p, first(n), u.a);
     _mm512_mask_storeu_ps(p + 16, first(n - 16), u.b);
   }
   using WideLanes::load_vector;
   using WideLanes::store_vector;
-  static V::type load_vector(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
-  static void store_vector(float* p, V::type v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
+  INLINED static V::type load_vector(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  INLINED static void store_vector(float* p, V::type v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
 #elif defined(__AVX2__)
   using WideLanes::load;
   using WideLanes::store;
-  static __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
-  static Unit<float> load(const float* p, int n) {
+  INLINED static __m256i first(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+  INLINED static Unit<float> load(const float* p, int n) {
     return {_mm256_maskload_ps(p, first(n)), _mm256_maskload_ps(p + 8, first(n - 8))};
   }
-  static void store(float* p, Unit<float> u, int n) {
+  INLINED static void store(float* p, Unit<float> u, int n) {
     _mm256_maskstore_ps(p, first(n), u.a);
     _mm256_maskstore_ps(p + 8, first(n - 8), u.b);
   }
   using WideLanes::load_vector;
   using WideLanes::store_vector;
-  static V::type load_vector(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
-  static void store_vector(float* p, V::type v, int n) { _mm256_maskstore_ps(p, first(n), v); }
+  INLINED static V::type load_vector(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  INLINED static void store_vector(float* p, V::type v, int n) { _mm256_maskstore_ps(p, first(n), v); }
 #endif
 };
 
@@ -147,19 +150,19 @@ struct HalfBits {
   using Bits = V::index;
   static constexpr int unit = 2 * V::lanes;
   typedef V::lane_index unaligned __attribute__((vector_size(vector_bytes), aligned(2), may_alias));
-  static Bits load(const void* p) { return *static_cast<const unaligned*>(p); }
-  static void store(void* p, Bits v) { *static_cast<unaligned*>(p) = v; }
+  INLINED static Bits load(const void* p) { return *static_cast<const unaligned*>(p); }
+  INLINED static void store(void* p, Bits v) { *static_cast<unaligned*>(p) = v; }
 #if defined(__AVX512BW__)
-  static __mmask32 first(int n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
-  static Bits load(const void* p, int n) { return (Bits)_mm512_maskz_loadu_epi16(first(n), p); }
-  static void store(void* p, Bits v, int n) { _mm512_mask_storeu_epi16(p, first(n), (__m512i)v); }
+  INLINED static __mmask32 first(int n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+  INLINED static Bits load(const void* p, int n) { return (Bits)_mm512_maskz_loadu_epi16(first(n), p); }
+  INLINED static void store(void* p, Bits v, int n) { _mm512_mask_storeu_epi16(p, first(n), (__m512i)v); }
 #else
-  static Bits load(const void* p, int n) {
+  INLINED static Bits load(const void* p, int n) {
     uint16_t copy[unit] = {};
     std::memcpy(copy, p, n * 2);
     return load(copy);
   }
-  static void store(void* p, Bits v, int n) {
+  INLINED static void store(void* p, Bits v, int n) {
     uint16_t copy[unit];
     store(copy, v);
     std::memcpy(p, copy, n * 2);
@@ -176,23 +179,23 @@ struct HalfLanes {
   typedef HalfVector unaligned_half __attribute__((aligned(2), may_alias));
   static constexpr int unit = HalfBits::unit;
 
-  static Unit<float> load(const T* p) { return Self::widen(HalfBits::load(p)); }
-  static Unit<float> load(const T* p, int n) { return Self::widen(HalfBits::load(p, n)); }
-  static void store(T* p, Unit<float> u) { HalfBits::store(p, Self::narrow(u)); }
-  static void store(T* p, Unit<float> u, int n) { HalfBits::store(p, Self::narrow(u), n); }
-  static V::type load_vector(const T* p) { return Self::widen(*reinterpret_cast<const unaligned_half*>(p)); }
-  static void store_vector(T* p, V::type v) { *reinterpret_cast<unaligned_half*>(p) = Self::narrow(v); }
+  INLINED static Unit<float> load(const T* p) { return Self::widen(HalfBits::load(p)); }
+  INLINED static Unit<float> load(const T* p, int n) { return Self::widen(HalfBits::load(p, n)); }
+  INLINED static void store(T* p, Unit<float> u) { HalfBits::store(p, Self::narrow(u)); }
+  INLINED static void store(T* p, Unit<float> u, int n) { HalfBits::store(p, Self::narrow(u), n); }
+  INLINED static V::type load_vector(const T* p) { return Self::widen(*reinterpret_cast<const unaligned_half*>(p)); }
+  INLINED static void store_vector(T* p, V::type v) { *reinterpret_cast<unaligned_half*>(p) = Self::narrow(v); }
 #if defined(__AVX512BW__)
-  static __mmask16 first(int n) { return n >= 16 ? 0xffff : (1u << n) - 1; }
-  static V::type load_vector(const T* p, int n) { return Self::widen((HalfVector)_mm256_maskz_loadu_epi16(first(n), p)); }
-  static void store_vector(T* p, V::type v, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)Self::narrow(v)); }
+  INLINED static __mmask16 first(int n) { return n >= 16 ? 0xffff : (1u << n) - 1; }
+  INLINED static V::type load_vector(const T* p, int n) { return Self::widen((HalfVector)_mm256_maskz_loadu_epi16(first(n), p)); }
+  INLINED static void store_vector(T* p, V::type v, int n) { _mm256_mask_storeu_epi16(p, first(n), (__m256i)Self::narrow(v)); }
 #else
-  static V::type load_vector(const T* p, int n) {
+  INLINED static V::type load_vector(const T* p, int n) {
     HalfVector bits = {};
     std::memcpy(&bits, p, n * 2);
     return Self::widen(bits);
   }
-  static void store_vector(T* p, V::type v, int n) {
+  INLINED static void store_vector(T* p, V::type v, int n) {
     const HalfVector bits = Self::narrow(v);
     std::memcpy(p, &bits, n * 2);
   }
@@ -204,15 +207,15 @@ struct Lanes<bfloat16> : HalfLanes<Lanes<bfloat16>, bfloat16> {
   static constexpr bool is_split = true;
   typedef uint32_t Unsigned __attribute__((vector_size(vector_bytes)));
 
-  static Unit<float> widen(Bits v) { return {(V::type)(v << 16), (V::type)(v & (int32_t)0xffff0000)}; }
-  static V::type widen(HalfVector v) { return (V::type)(__builtin_convertvector(v, Unsigned) << 16); }
+  INLINED static Unit<float> widen(Bits v) { return {(V::type)(v << 16), (V::type)(v & (int32_t)0xffff0000)}; }
+  INLINED static V::type widen(HalfVector v) { return (V::type)(__builtin_convertvector(v, Unsigned) << 16); }
   // Round to nearest even into the upper 16 bits of each lane; a nan stays one.
-  static Unsigned round(V::type v) {
+  INLINED static Unsigned round(V::type v) {
     const Unsigned u = (Unsigned)v;
     return v == v ? u + 0x7fff + ((u >> 16) & 1) : u | 0x00400000;
   }
-  static Bits narrow(Unit<float> u) { return (Bits)((round(u.a) >> 16) | (round(u.b) & 0xffff0000)); }
-  static HalfVector narrow(V::type v) { return __builtin_convertvector(round(v) >> 16, HalfVector); }
+  INLINED static Bits narrow(Unit<float> u) { return (Bits)((round(u.a) >> 16) | (round(u.b) & 0xffff0000)); }
+  INLINED static HalfVector narrow(V::type v) { return __builtin_convertvector(round(v) >> 16, HalfVector); }
 };
 
 template <>
@@ -220,13 +223,13 @@ struct Lanes<float16> : HalfLanes<Lanes<float16>, float16> {
   static constexpr bool is_split = false;
 
 #if defined(__AVX512BW__)
-  static V::type widen(HalfVector v) { return _mm512_cvtph_ps((__m256i)v); }
-  static HalfVector narrow(V::type v) { return (HalfVector)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  INLINED static V::type widen(HalfVector v) { return _mm512_cvtph_ps((__m256i)v); }
+  INLINED static HalfVector narrow(V::type v) { return (HalfVector)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 #elif defined(__F16C__)
-  static V::type widen(HalfVector v) { return _mm256_cvtph_ps((__m128i)v); }
-  static HalfVector narrow(V::type v) { return (HalfVector)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+  INLINED static V::type widen(HalfVector v) { return _mm256_cvtph_ps((__m128i)v); }
+  INLINED static HalfVector narrow(V::type v) { return (HalfVector)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 #else
-  static V::type widen(HalfVector v) {
+  INLINED static V::type widen(HalfVector v) {
     V::type wide;
     for (int i = 0; i < V::lanes; ++i) {
       _Float16 h;
@@ -236,7 +239,7 @@ struct Lanes<float16> : HalfLanes<Lanes<float16>, float16> {
     }
     return wide;
   }
-  static HalfVector narrow(V::type v) {
+  INLINED static HalfVector narrow(V::type v) {
     HalfVector bits;
     for (int i = 0; i < V::lanes; ++i) {
       const _Float16 h = (_Float16)v[i];
@@ -247,12 +250,12 @@ struct Lanes<float16> : HalfLanes<Lanes<float16>, float16> {
     return bits;
   }
 #endif
-  static Unit<float> widen(Bits v) {
+  INLINED static Unit<float> widen(Bits v) {
     HalfVector halves[2];
     std::memcpy(halves, &v, sizeof v);
     return {widen(halves[0]), widen(halves[1])};
   }
-  static Bits narrow(Unit<float> u) {
+  INLINED static Bits narrow(Unit<float> u) {
     const HalfVector halves[2] = {narrow(u.a), narrow(u.b)};
     Bits v;
     std::memcpy(&v, halves, sizeof v);
@@ -262,18 +265,18 @@ struct Lanes<float16> : HalfLanes<Lanes<float16>, float16> {
 
 // A unit in natural order, whatever the order of T's loads, and back.
 template <typename T, typename acc>
-inline Unit<acc> to_natural(Unit<acc> u) {
+INLINED inline Unit<acc> to_natural(Unit<acc> u) {
   if constexpr (Lanes<T>::is_split) return interleave(u);
   return u;
 }
 template <typename T, typename acc>
-inline Unit<acc> from_natural(Unit<acc> u) {
+INLINED inline Unit<acc> from_natural(Unit<acc> u) {
   if constexpr (Lanes<T>::is_split) return split(u);
   return u;
 }
 
 template <typename T>
-inline acc_t<T> widen(T v) {
+INLINED inline acc_t<T> widen(T v) {
   if constexpr (std::is_same_v<T, bfloat16>) {
     const uint32_t bits = (uint32_t)v.bits << 16;
     float f;

@@ -1,5 +1,50 @@
-"""Triton kernels (work in progress placeholder)."""
+"""The Triton kernels. Triton is imported when one of them is first asked for, not before."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+_OPS = ("blur_pool_fwd", "blur_pool_bwd", "blur_pool_taps_fwd", "blur_pool_taps_bwd", "blur_pool_taps_grad")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPS:
+        from . import blur_pool
+
+        return getattr(blur_pool, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _version() -> str:
+    """Of the installed triton, or empty; asked of its metadata, as importing it takes a third of a second."""
+    if importlib.util.find_spec("triton") is None:
+        return ""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def status(device: str) -> tuple[str, str, str]:
-    return "", "it is not written yet", ""
+    """Detail, reason why not, remedy."""
+    if not _version():
+        return "", "triton is not installed", "Install it with: pip install triton"
+    detail = f"triton {_version()}"
+    if device == "cpu" and not _interpreted():
+        remedy = "Set TRITON_INTERPRET=1 before the first import of triton"
+        return detail, "Triton runs on CPU tensors in its interpreter only", remedy
+    if device == "cuda" and torch.version.cuda is None:
+        remedy = "Install a CUDA build of torch: https://pytorch.org/get-started"
+        return detail, f"this torch ({torch.__version__}) was built without CUDA", remedy
+    return detail, "", ""

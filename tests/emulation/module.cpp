@@ -1,0 +1,47 @@
+// The emulated CUDA kernels as a Python module: addresses and numbers in, memory written.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "cuda/blur_pool.h"
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+
+using namespace aliasfused;
+
+namespace {
+
+Axis axis_of(const std::array<index_t, 6>& a) {
+  return {a[0], a[1], a[2], static_cast<int>(a[3]), static_cast<int>(a[4]), static_cast<Border>(a[5])};
+}
+
+Strides strides_of(const std::array<index_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
+
+void check(const char* error) {
+  if (error) throw std::runtime_error(error);
+}
+
+void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+}  // namespace
+
+PYBIND11_MODULE(emulated, m) {
+  m.def("blur_pool", [](int dtype, bool adjoint, index_t batch, index_t channels, std::array<index_t, 6> rows, std::array<index_t, 6> cols,
+                        uintptr_t src, uintptr_t dst, std::array<index_t, 4> src_stride, std::array<index_t, 4> dst_stride, uintptr_t taps_h,
+                        uintptr_t taps_w, bool per_channel) {
+    const BlurPool op{static_cast<Dtype>(dtype), adjoint, batch, channels, axis_of(rows), axis_of(cols), at(src), at(dst),
+                      strides_of(src_stride), strides_of(dst_stride), at(taps_h), at(taps_w), per_channel};
+    check(blur_pool_cuda(op, nullptr));
+    return blur_pool_cuda_kernel(op);
+  });
+  m.def("taps_grad", [](int dtype, index_t batch, index_t channels, std::array<index_t, 6> rows, std::array<index_t, 6> cols, int axis,
+                        uintptr_t dy, uintptr_t x, std::array<index_t, 4> dy_stride, std::array<index_t, 4> x_stride, uintptr_t other,
+                        uintptr_t dst) {
+    check(taps_grad_cuda({static_cast<Dtype>(dtype), batch, channels, axis_of(rows), axis_of(cols), axis, at(dy), at(x),
+                          strides_of(dy_stride), strides_of(x_stride), at(other), at(dst)}, nullptr));
+  });
+  m.def("to_half", [](float v) { return static_cast<float>(__half(v)); });
+  m.def("to_bfloat16", [](float v) { return static_cast<float>(__nv_bfloat16(v)); });
+}

@@ -1,0 +1,250 @@
+"""The benchmark's own logic: what it would time, whom it believes, what it writes down and when it raises an alarm."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("psutil")
+pytest.importorskip("rich")
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+
+import aliasfused
+from bench import cases, peers, report, run, timing
+from bench.cases import Case
+from bench.peers import Absent, Contender
+from bench.rows import Machine, Row, Store, latest, resumable, to_rows
+
+CASE = Case("blur_pool", "resnet50", 4, 9, 2, "NHWC", "fp32", 4, "backward")
+MACHINE = Machine(
+    "2026-01-01T00:00:00Z", "abc", "cpu", "A CPU", 2, 2, "warm", 0.5, "3.11", "2.13", "0.1", "1.0", "absent"
+)
+
+
+def row(
+    contender: str = "aliasfused",
+    us: float | None = 1.0,
+    case: Case = CASE,
+    machine: Machine = MACHINE,
+    **extra: object,
+) -> Row:
+    role = "ours" if contender == "aliasfused" else "peer"
+    backend = "native" if role == "ours" else ""
+    calls = None if us is None else 3
+    status = "absent: it is not installed" if us is None else "ok"
+    plain = Row(case, contender, role, backend, False, "", status, us, us, calls, None, None, machine)
+    return dataclasses.replace(plain, **extra)  # type: ignore[arg-type]
+
+
+def cell(ours: float, **others: float) -> report.Cell:
+    return report.cells([row(us=ours), *(row(name, us) for name, us in others.items())])[0]
+
+
+@pytest.fixture
+def reference() -> Iterator[None]:
+    with aliasfused.use_backend("reference"):
+        yield
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("grid", [cases.quick, cases.barred])
+def test_a_grid_names_each_case_once_and_shares_are_of_inputs_no_cache_holds(grid, device):
+    grid = grid(device)
+    assert len(set(grid)) == len(grid)
+    assert {case.direction for case in grid} >= {"forward", "backward"}
+    large = [case for case in grid if case.purpose == "share" or (device == "cuda" and case.purpose == "ratio")]
+    assert large
+    assert all(case.input_bytes >= cases.SHARE_BYTES[device] for case in large)
+
+
+def test_fewest_bytes_at_stride_two_are_five_quarters_of_the_input():
+    even = dataclasses.replace(CASE, size=8)
+    assert even.fewest_bytes == 1.25 * even.input_bytes
+    assert CASE.fewest_bytes == CASE.input_bytes + 2 * 4 * 5 * 5 * 4  # ceil(9/2) = 5
+
+
+def test_filters_leave_what_is_among_the_wanted_values():
+    grid = cases.barred("cpu")
+    some = cases.select(grid, site=["64@112"], k=[3, 7], dtype=None, direction=[])
+    assert {(case.site, case.k) for case in some} == {("64@112", 3), ("64@112", 7)}
+    assert {case.dtype for case in some} == {"fp32", "bf16"}
+    assert cases.select(grid) == grid
+    assert cases.select(grid, layout=["nhwc"]) == []
+
+
+def test_compiled_peers_take_part_everywhere_under_the_bars_and_where_said_else():
+    def compiled(case: Case, bars: bool) -> bool:
+        return any(contender.compiled for contender in peers.contenders(case, "cpu", ["native"], bars))
+
+    ratios = cases.select(cases.quick("cpu"), purpose=["ratio"])
+    assert {case.site for case in ratios if compiled(case, bars=False)} == set(cases.QUICK_COMPILED)
+    assert all(compiled(case, bars=True) for case in ratios)
+    assert not any(compiled(case, bars=True) for case in cases.barred("cpu") if case.purpose != "ratio")
+
+
+def test_turns_interleave_and_give_each_its_calls_and_its_time():
+    order = []
+
+    def timer(name: str, seconds: float) -> timing.Turn:
+        return timing.Turn(lambda: order.append(name) or seconds)
+
+    slow, fast = timing.interleave([timer("slow", 10.0), timer("fast", 1 / 64)], seconds=1 / 8, rounds=4, at_least=3)
+    assert (slow.calls, fast.calls) == (3, 8)
+    assert slow.min_us == slow.median_us == 10e6
+    assert "".join(name[0] for name in order[:9]) == "sffsffsff"
+
+
+def test_kept_bytes_count_a_storage_once():
+    x = torch.ones(3, 5)
+    assert timing.kept_bytes(lambda x: (x * x)[:2] * x[:2], x) == 2 * 3 * 5 * 4  # x, and the product that was sliced
+    assert timing.kept_bytes(lambda x: x + 1, x) == 0
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
+@pytest.mark.parametrize("k", [3, 4])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_everybody_does_the_work_said(reference, direction, k, dtype):
+    """Each peer equals this library under the arguments its row names, other paddings and borders included."""
+    case = dataclasses.replace(CASE, direction=direction, k=k, dtype=dtype)
+    inputs = timing.Inputs(case, "cpu")
+    for contender in peers.contenders(case, "cpu", ["reference"]):
+        if contender.compiled:
+            continue
+        try:
+            op = contender.build(case, "cpu")
+        except Absent:
+            continue
+        assert timing.difference(contender, op, inputs) <= 1, contender.name
+
+
+def test_the_form_that_is_compiled_does_the_work_said(reference):
+    inputs = timing.Inputs(CASE, "cpu")
+    contender = Contender("slices", "peer", peers._slices)
+    assert timing.difference(contender, contender.build(CASE, "cpu"), inputs) <= 1
+
+
+def test_who_is_wrong_or_absent_or_fails_gets_a_row_and_no_time(reference):
+    def absent(case: Case, device: str) -> peers.Op:
+        raise Absent("it is not installed")
+
+    def shifted(case: Case, device: str) -> peers.Op:
+        return lambda x: aliasfused.blur_pool2d(x.roll(1, -1), case.k)
+
+    def broken(case: Case, device: str) -> peers.Op:
+        raise RuntimeError("no such kernel\nand more")
+
+    right = peers.PEERS["blur_pool"][0]
+    crowd = [right, *(Contender(f.__name__, "peer", f) for f in (absent, shifted, broken))]
+    rows = to_rows(CASE, timing.measure(CASE, crowd, "cpu", seconds=1e-4), MACHINE)
+    statuses = {r.contender: r.status for r in rows}
+    assert statuses.pop("copy") == statuses.pop(right.name) == "ok"
+    assert statuses["absent"] == "absent: it is not installed"
+    assert statuses["shifted"].startswith("differs: ")
+    assert statuses["broken"] == "failed: RuntimeError: no such kernel"
+    assert all((r.min_us is None) == (r.status != "ok") for r in rows)
+
+
+def test_rows_survive_the_file(tmp_path: Path):
+    store = Store(tmp_path / "deep" / "rows.csv", Row)
+    rows = [row(share=0.5, kept_bytes=0), row("pad+conv", 2.5, compiled=True), row("timm", None, semantics="padding 2")]
+    store.add(rows[:1])
+    store.add(rows[1:])
+    store.add([])
+    assert list(store) == rows
+    assert list(Store(store.path, Row, fresh=True)) == []
+
+
+def test_the_last_of_rows_about_the_same_thing_counts():
+    default = dataclasses.replace(MACHINE, allocator="default")
+    rows = [row(us=1.0), row(us=3.0, machine=default), row("timm"), row(us=2.0)]
+    assert {(r.contender, r.machine.allocator, r.min_us) for r in latest(rows)} == {
+        ("aliasfused", "warm", 2.0),
+        ("aliasfused", "default", 3.0),
+        ("timm", "warm", 1.0),
+    }
+
+
+def test_a_run_is_taken_up_from_rows_of_its_own_kind_only(tmp_path: Path):
+    store = Store(tmp_path / "rows.csv", Row)
+    later = dataclasses.replace(MACHINE, date="2026-01-02T00:00:00Z", busy_percent=9.0)
+    strangers = [dataclasses.replace(MACHINE, **{name: value}) for name, value in
+                 (("commit", "def"), ("threads", 1), ("allocator", "default"), ("torch", "2.11"))]  # fmt: skip
+    store.add([row(machine=machine) for machine in (later, *strangers)])
+    bench = run.Bench(MACHINE, store, ["native"], True, [], None)  # type: ignore[arg-type]
+    assert [r.machine for r in bench.rows("warm")] == [later]
+    call = dataclasses.replace(CASE, purpose="call")
+    store.add([row(case=call), row("pad+conv", case=call)])
+    assert bench.pending([CASE, call]) == [CASE]  # every peer of CASE is missing
+    assert resumable(MACHINE)
+    assert not resumable(dataclasses.replace(MACHINE, commit="abc+"))
+    assert not resumable(dataclasses.replace(MACHINE, commit="unknown"))
+
+
+def test_a_ratio_is_to_the_best_peer_that_was_timed():
+    rows = [row(us=2.0), row("pad+conv", 6.0), row("timm", None), row("slices compiled", 4.0, compiled=True)]
+    one = report.cells([*rows, row("copy", 0.5, role="yardstick")])[0]
+    assert one.ratio() == 2.0
+    assert one.ratio(report._eager) == 3.0
+    assert one.best(report._compiled).contender == "slices compiled"
+    assert report.cells([row(us=None)])[0].ratio() is None
+
+
+@pytest.mark.parametrize(("now", "fell"), [(1.0, False), (1.24, False), (1.26, True)])
+def test_a_fall_is_more_than_a_fifth(now, fell):
+    found = report.falls([cell(now, timm=3.0)], [cell(1.0, timm=3.0)])
+    assert bool(found) is fell
+
+
+def test_a_new_peer_is_no_fall():
+    assert not report.falls([cell(1.0, timm=3.0, better=1.5)], [cell(1.0, timm=3.0)])
+    assert not report.falls([cell(1.0, better=1.5)], [cell(1.0, timm=3.0)])
+
+
+@pytest.mark.parametrize(("again", "regressed"), [(1.0, False), (2.0, True)])
+def test_an_alarm_needs_two_falls(tmp_path: Path, again, regressed):
+    store = Store(tmp_path / "before.csv", Row)
+    store.add([row(us=1.0), row("timm", 3.0)])
+    asked = []
+
+    def measure(todo):
+        asked.extend(todo)
+        return [row(us=again), row("timm", 3.0)]
+
+    bench = types.SimpleNamespace(machine=MACHINE, measure=measure, console=types.SimpleNamespace(print=lambda _: None))
+    assert run._regressed(bench, [cell(2.0, timm=3.0)], store.path) is regressed
+    assert asked == [CASE]
+
+
+def test_bars_are_judged_by_their_own_cells():
+    def pair(direction: str, ratio: float, **case: object) -> list[Row]:
+        one = dataclasses.replace(CASE, direction=direction, **case)
+        return [row(case=one), row("pad+conv", ratio, case=one)]
+
+    share = dataclasses.replace(CASE, purpose="share", batch=9, direction="forward", k=3)
+    rows = [*pair("forward", 1.1, k=3), *pair("forward", 9.0, k=4), *pair("backward", 5.0)]
+    rows += [row(case=share, share=0.8), *pair("forward", 1.9, purpose="call")]
+    rows[4] = dataclasses.replace(rows[4], kept_bytes=0)
+    found = {(v.bar, v.direction): v for v in report.verdicts(report.cells(rows), "cpu")}
+    passed = {(bar.split(":")[0][:28], direction): v.passed for (bar, direction), v in found.items()}
+    assert passed == {
+        ("every case of ours ran and w", "all"): True,
+        ("geometric mean of the ratios", "forward"): True,
+        ("no cell's ratio < 1.0", "forward"): True,
+        ("cells with a ratio < 1.2 hav", "forward"): True,
+        ("share of copy speed ≥ 0.6", "forward"): True,
+        ("share of copy speed ≥ 0.4", "forward"): None,
+        ("small call, Python included", "forward"): False,
+        ("geometric mean of the ratios", "backward"): False,
+        ("no cell's ratio < 1.5", "backward"): True,
+        ("share of copy speed ≥ 0.6", "backward"): None,
+        ("share of copy speed ≥ 0.4", "backward"): None,
+        ("small call, Python included", "forward+backward"): None,
+        ("bytes kept for backward", "backward"): True,
+    }
+    assert report.verdicts(report.cells([row(us=None)]), "cpu")[0].passed is False

@@ -1,0 +1,154 @@
+"""The Triton kernels compiled ahead of time, without a GPU, run by tests/test_triton.py in a process of its own.
+
+Gates: nothing spilled, nothing exchanged through shared memory, and 16 bytes at a time where the layout permits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aliasfused import filters
+from aliasfused.kernels.triton import blur_pool as ours
+from aliasfused.kernels.triton.launch import options
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+ADJOINT = pytest.mark.parametrize("adjoint", [False, True], ids=["fwd", "bwd"])
+LAYOUT = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fresh_cache(tmp_path_factory):
+    """So that every kernel is compiled, and by this compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def cuobjdump() -> str:
+    """Triton's own, else the CUDA toolkit's."""
+    wheels = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")
+    folders = [Path(triton.__file__).parent / "backends/nvidia/bin", *wheels, "/usr/local/cuda/bin", *os.get_exec_path()]
+    found = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
+    assert found, "no cuobjdump beside triton, in the nvidia wheels, in /usr/local/cuda/bin or on the PATH"
+    return found
+
+
+def compiled(kernel, arguments, capability=90):
+    """Compile as a launch with these arguments would: ones and multiples of 16 are made known to the compiler."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, arguments[parameter.name]
+        specialised = name not in kernel.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if specialised and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options(ours.THREADS))
+
+
+def plan(
+    adjoint, k, channels_last, dtype=torch.bfloat16, shape=(32, 64, 112, 112), stride=(2, 2), border="reflect", learned=False
+):  # fmt: skip
+    """The kernel and arguments of a launch, from tensors without memory."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = [-(-n // s) for n, s in zip(shape[2:], stride, strict=True)]
+    x, y = (torch.empty(s, dtype=dtype, device="meta", memory_format=memory_format) for s in (shape, (*shape[:2], *out)))
+    taps = torch.empty(shape[1], k, device="meta") if learned else filters.binomial(k)
+    src, dst = (y, x) if adjoint else (x, y)
+    padding = [(k - 1) // 2, k // 2] * 2
+    kernel, _, arguments = ours.plan(adjoint, src, dst, taps, taps, stride, padding, border, channels_last)
+    return kernel, arguments
+
+
+def assert_lean(binary, tmp_path):
+    """Neither stack (spills among it) nor local nor shared memory: a thread works in its registers."""
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    report = subprocess.run([cuobjdump(), "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report))
+    assert usage and int(usage["STACK"]) == int(usage["LOCAL"]) == int(usage["SHARED"]) == 0, report
+    assert binary.metadata.shared == 0
+
+
+def widths(binary, instruction):
+    """Bytes that each global load or store moves, as a set."""
+    found = re.findall(rf"{instruction}\.global(?:\.\w+)*?(?:\.v(\d))?\.b(\d+)", binary.asm["ptx"])
+    assert found
+    return {int(vector or 1) * int(bits) // 8 for vector, bits in found}
+
+
+def assert_wide(binary, adjoint, channels_last):
+    """x and dx move 16 bytes at a time. In NHWC so does all else; in NCHW, y and dy are half as long, and borders are pixels."""
+    if channels_last:
+        assert widths(binary, "ld") == widths(binary, "st") == {16}
+    elif adjoint:
+        assert 8 in widths(binary, "ld") and widths(binary, "st") == {16}
+    else:
+        assert 16 in widths(binary, "ld") and widths(binary, "st") == {8}
+
+
+@ADJOINT
+@LAYOUT
+@pytest.mark.parametrize(("capability", "k"), [*((90, k) for k in range(2, 8)), (80, 4), (100, 7)])
+def test_tuned(capability, k, channels_last, adjoint, tmp_path):
+    kernel, arguments = plan(adjoint, k, channels_last)
+    assert kernel is ours.patch
+    binary = compiled(kernel, arguments, capability)
+    assert_lean(binary, tmp_path)
+    assert_wide(binary, adjoint, channels_last)
+
+
+@ADJOINT
+@LAYOUT
+def test_float32(channels_last, adjoint, tmp_path):
+    binary = compiled(*plan(adjoint, 5, channels_last, torch.float32))
+    assert_lean(binary, tmp_path)
+    assert_wide(binary, adjoint, channels_last)
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "changes"),
+    [
+        (False, dict(shape=(8, 64, 27, 27))),
+        (True, dict(shape=(8, 512, 7, 7), border="replicate")),
+        (True, dict(shape=(8, 24, 14, 14), border="zeros", learned=True)),
+        (False, dict(shape=(2**31, 1, 8, 8))),
+    ],
+    ids=["odd", "small", "learned", "wide"],
+)
+def test_other_images(adjoint, changes, tmp_path):
+    """Unaligned rows, small planes, taps per channel, more tiles than 32 bits count."""
+    assert_lean(compiled(*plan(adjoint, 3, False, **changes)), tmp_path)
+
+
+@ADJOINT
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+def test_gather(adjoint, learned):
+    kernel, arguments = plan(adjoint, 12, True, stride=(3, 3), learned=learned)
+    assert kernel is ours.gather
+    assert 16 in widths(compiled(kernel, arguments), "ld")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_taps_grad(axis, monkeypatch):
+    launched = []
+    monkeypatch.setattr(ours, "launch", lambda device, threads, kernel, programs, arguments: launched.append((kernel, arguments)))
+    x, dy = torch.empty(8, 64, 56, 56, device="meta"), torch.empty(8, 64, 28, 28, device="meta")
+    ours.blur_pool_taps_grad(dy, x, torch.empty(64, 4, device="meta"), axis, 3, (2, 2), [1, 1, 1, 2], "reflect")
+    compiled(*launched[0])
