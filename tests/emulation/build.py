@@ -12,7 +12,15 @@ import pybind11
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-COMPILE = ["-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+COMPILE = [
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+]
 INCLUDE = [f"-I{HERE}", f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
@@ -34,7 +42,10 @@ def build(name: str, own_source: str, *flags: str) -> Path:
         objects = []
         for source in [*sorted((CSRC / "cuda").glob("*.cu")), HERE / own_source]:
             objects.append(folder / f"{name}.{source.stem}.{os.getpid()}.o")
-            subprocess.run([compiler, *COMPILE, *INCLUDE, *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])], check=True)
+            subprocess.run(
+                [compiler, *COMPILE, *INCLUDE, *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])],
+                check=True,
+            )
         # Linked under another name first: another process may be looking for the finished file.
         fresh = folder / f"{name}.{os.getpid()}"
         subprocess.run([compiler, *flags, *map(str, objects), "-o", str(fresh)], check=True)

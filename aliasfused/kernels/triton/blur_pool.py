@@ -11,6 +11,9 @@ another kernel.
 ``PRE(value, channel)`` is applied to each pixel as it is loaded.
 """
 
+# mypy: disable-error-code="assignment"
+# (kernels grow tuples, which the kernel language types one by one)
+
 from __future__ import annotations
 
 import functools

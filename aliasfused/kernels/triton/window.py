@@ -6,6 +6,9 @@
 is *near* where a position read is at most one reflection or one turn away from x, which saves every division.
 """
 
+# mypy: disable-error-code="assignment"
+# (kernels grow tuples, which the kernel language types one by one)
+
 from __future__ import annotations
 
 import triton
