@@ -75,7 +75,7 @@ def acc_dtype(dtype):
 
 
 def tolerance(magnitude: torch.Tensor, truth: torch.Tensor, terms: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rounding of `terms` sums and products of numbers whose absolute values add up to `magnitude`, and of the result."""
+    """Rounding of `terms` sums and products whose absolute values add up to `magnitude`, and of the result."""
     error = terms * torch.finfo(acc_dtype(dtype)).eps * magnitude
     info = torch.finfo(dtype)
     return error + 0.5 * info.eps * (truth.abs() + error) + info.smallest_normal * info.eps
@@ -91,8 +91,8 @@ def blur(emulated, src, taps_h, taps_w, stride, padding, pad_mode, *, adjoint=No
     shape = (*src.shape[:2], h, w) if adjoint else (*src.shape[:2], rows[1], cols[1])
     dst, buffer = guarded(shape, src.dtype, channels_last)
     kernel = emulated.blur_pool(
-        DTYPES[src.dtype], bool(adjoint), *src.shape[:2], rows, cols, src.data_ptr(), dst.data_ptr(), src.stride(), dst.stride(),
-        taps_h.data_ptr(), taps_w.data_ptr(), per_channel,
+        DTYPES[src.dtype], bool(adjoint), *src.shape[:2], rows, cols, src.data_ptr(), dst.data_ptr(), src.stride(),
+        dst.stride(), taps_h.data_ptr(), taps_w.data_ptr(), per_channel,
     )  # fmt: skip
     assert buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all(), "written outside dst"
 
@@ -134,7 +134,7 @@ def test_16_bit_floats(emulated):
         assert convert(float("nan")) != convert(float("nan"))
 
 
-# For each kernel a map that it serves: rows of whole 16-byte packs, of whole pairs, of neither, whole packs of channels.
+# A map for each kernel: rows of whole 16-byte packs, of whole pairs, of neither; channels in whole packs.
 MAPS = {"nchw": (2, 3, 9, 32), "nchw_pair": (1, 3, 18, 14), "element": (1, 3, 14, 9), "nhwc": (1, 16, 10, 7)}
 
 
@@ -299,7 +299,8 @@ def test_taps_grad(emulated, axis, pad_mode, dtype):
             other = random(c, sizes[1 - axis], dtype=acc, seed=2)
             dst, _ = guarded((1, 1, c, sizes[axis]), acc)
             emulated.taps_grad(
-                DTYPES[dtype], n, c, rows, cols, axis, dy.data_ptr(), x.data_ptr(), dy.stride(), x.stride(), other.data_ptr(), dst.data_ptr()
+                DTYPES[dtype], n, c, rows, cols, axis, dy.data_ptr(), x.data_ptr(), dy.stride(), x.stride(),
+                other.data_ptr(), dst.data_ptr(),
             )  # fmt: skip
             rest = (axis, sizes[axis], stride, padding, pad_mode)
             wanted = reference.blur_pool_taps_grad(dy.double(), x.double(), other.double(), *rest)

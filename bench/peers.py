@@ -1,0 +1,172 @@
+"""Who takes part: this library's backends, what people run without it, and the yardsticks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+import aliasfused
+
+from .cases import DTYPES, Case, compiled_peers
+
+Op = Callable[[torch.Tensor], torch.Tensor]
+Role = Literal["ours", "peer", "yardstick"]
+
+
+class Absent(Exception):
+    """A contender cannot take part here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of doing a case's work.
+
+    ``equal`` gives the arguments with which this library does the very same, beyond taps and stride: it is checked with
+    them, and where there are any, the peer is measured at its nearest equal work and its row says so.
+    """
+
+    name: str
+    role: Role
+    build: Callable[[Case, str], Op]
+    equal: Callable[[Case], dict[str, Any]] = lambda case: {}
+    backend: str = "native"
+    compiled: bool = False
+
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the contender's backend answers. The default one needs nothing, so that nothing is paid for it."""
+        if self.role != "ours" or self.backend == "native":
+            return contextlib.nullcontext()
+        return aliasfused.use_backend(self.backend)
+
+
+def optional(name: str) -> types.ModuleType:
+    """Import a peer's library, or say that it is absent."""
+    try:
+        _mend_torchvision()
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Absent(f"{name} is not installed ({error})") from error
+
+
+def _mend_torchvision() -> None:
+    """timm imports torchvision, whose PyPI wheel loads beside a CPU-only torch only once its two ops have a schema."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for op in ("nms", "qnms"):
+            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept_alive.append(library)
+        importlib.import_module("torchvision")
+    except ImportError:
+        pass  # whoever needs it will say so
+
+
+_kept_alive: list[torch.library.Library] = []
+
+
+def _padding(k: int) -> list[int]:
+    return [(k - 1) // 2, k // 2] * 2
+
+
+def _blur_pool(case: Case, device: str, **equal: Any) -> Op:
+    k, stride = case.k, case.stride
+    if equal:
+        return lambda x: aliasfused.blur_pool2d(x, k, stride, **equal)
+    return lambda x: aliasfused.blur_pool2d(x, k, stride)
+
+
+def _pad_conv(case: Case, device: str) -> Op:
+    """As antialiased-cnns does it: the depthwise weight is made once."""
+    row = torch.tensor(aliasfused.filters.binomial(case.k), dtype=torch.float64)
+    weight = torch.outer(row, row).to(device, DTYPES[case.dtype]).repeat(case.channels, 1, 1, 1)
+    padding, stride = _padding(case.k), case.stride
+
+    def pad_conv(x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.pad(x, padding, mode="reflect"), weight, stride=stride, groups=x.shape[1])
+
+    return pad_conv
+
+
+def _slices(case: Case, device: str) -> Op:
+    """The sum of shifted strided slices, one axis after the other: the form the compiler fuses best."""
+    taps, padding, stride = aliasfused.filters.binomial(case.k), _padding(case.k), case.stride
+
+    def slices(x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, padding, mode="reflect")
+        for dim in (-2, -1):
+            last = x.shape[dim] - len(taps)
+            # Strided slices along a negative dimension read the same in both axes through movedim, which is free.
+            axis = x.movedim(dim, -1)
+            axis = sum(tap * axis[..., p : p + last + 1 : stride] for p, tap in enumerate(taps))  # type: ignore[assignment]
+            x = axis.movedim(-1, dim)
+        return x
+
+    return slices
+
+
+def _compiled(build: Callable[[Case, str], Op]) -> Callable[[Case, str], Op]:
+    return lambda case, device: torch.compile(build(case, device), dynamic=False, fullgraph=True)
+
+
+def _timm(case: Case, device: str) -> Op:
+    module = optional("timm").layers.BlurPool2d(case.channels, filt_size=case.k, stride=case.stride)
+    return module.to(device, DTYPES[case.dtype])
+
+
+def _timm_equal(case: Case) -> dict[str, Any]:
+    both_sides = (case.stride - 1 + case.k - 1) // 2
+    return {} if [both_sides] * 4 == _padding(case.k) else {"padding": both_sides}
+
+
+def _kornia(case: Case, device: str) -> Op:
+    return optional("kornia").filters.BlurPool2D(case.k, case.stride).to(device, DTYPES[case.dtype])
+
+
+def _average(case: Case, device: str) -> Op:
+    return lambda x: F.avg_pool2d(x, 2)
+
+
+PEERS: dict[str, tuple[Contender, ...]] = {
+    "blur_pool": (
+        Contender("pad+conv", "peer", _pad_conv),
+        Contender("pad+conv compiled", "peer", _compiled(_pad_conv), compiled=True),
+        Contender("slices compiled", "peer", _compiled(_slices), compiled=True),
+        Contender("timm", "peer", _timm, _timm_equal),
+        Contender("kornia", "peer", _kornia, lambda case: {"pad_mode": "zeros"}),
+    ),
+}
+OURS: dict[str, Callable[..., Op]] = {"blur_pool": _blur_pool}
+TRUTH = {"blur_pool": _pad_conv}
+# The vendor's nearest kernel: two taps, no overlap, no border.
+AVERAGE = Contender("avg_pool2d", "yardstick", _average)
+
+
+def contenders(
+    case: Case, device: str, backends: Iterable[str], bars: bool = False, only: Iterable[str] = ()
+) -> list[Contender]:
+    """Everyone who takes part in a case: this library by each backend named, then the peers."""
+    ours = [Contender("aliasfused", "ours", OURS[case.op], backend=name) for name in backends]
+    peers = list(PEERS[case.op])
+    if case.purpose == "share":
+        peers = []
+    elif case.purpose == "call":
+        peers = peers[:1]
+    elif not compiled_peers(case, device, bars):
+        peers = [peer for peer in peers if not peer.compiled]
+    wanted = set(only)
+    peers = [peer for peer in peers if not wanted or peer.name in wanted]
+    yardsticks = [AVERAGE] if device == "cuda" and case.purpose == "ratio" else []
+    return [*ours, *peers, *yardsticks]
+
+
+def default_backends(device: str) -> list[str]:
+    """The backends worth timing on a device; reference is the truth, not a contender."""
+    return ["native"] if device == "cpu" else ["native", "triton"]
