@@ -141,9 +141,14 @@ class AxisTerms {
   Scratch<W> weight_;
 };
 
-// f(N) with n as a compile-time number, 0 for any above 8.
-template <typename F>
+// Loops of known length are worth their code where vectors are real ones, for float sums.
+template <typename acc>
+constexpr bool is_tuned = vector_instructions && sizeof(acc) == 4;
+
+// f(N) with n as a compile-time number, 0 for any above 8 and where it is not worth it.
+template <bool TUNED, typename F>
 INLINED inline void unrolled(int n, F&& f) {
+  if constexpr (!TUNED) return f(std::integral_constant<int, 0>{});
   switch (n) {
     case 1: return f(std::integral_constant<int, 1>{});
     case 2: return f(std::integral_constant<int, 2>{});
@@ -225,7 +230,7 @@ INLINED inline void sum_rows(const T* src, const Terms<acc_t<T>>& t, index_t lo,
       store(x - lo, sum_terms<0>(t, c, [&](index_t row) INLINED { return pre.row(gathered(src + row + x * stride, stride, hi - x, load), c); }));
     return;
   }
-  unrolled(t.count, [&](auto m) INLINED {
+  unrolled<is_tuned<acc_t<T>>>(t.count, [&](auto m) INLINED {
     index_t x = lo;
     for (; x + width <= hi; x += width) store(x - lo, sum_terms<m>(t, c, [&](index_t row) INLINED { return pre.row(load(src + row + x), c); }));
     if (x < hi) store(x - lo, sum_terms<m>(t, c, [&](index_t row) INLINED { return pre.row(load_first(src + row + x, hi - x), c); }));
@@ -234,10 +239,10 @@ INLINED inline void sum_rows(const T* src, const Terms<acc_t<T>>& t, index_t lo,
 
 // The sum of source rows at one column.
 template <typename T, typename Pre>
-INLINED inline acc_t<T> sum_rows_at(const T* src, const Terms<acc_t<T>>& t, index_t x, index_t stride, const Pre& pre, index_t c) {
-  acc_t<T> sum = 0;
-  sum_rows<false>(src, t, x, x + 1, stride, pre, c, [&](index_t, auto v) INLINED { sum = v[0]; });
-  return sum;
+acc_t<T> sum_rows_at(const T* src, const Terms<acc_t<T>>& t, index_t x, index_t stride, const Pre& pre, index_t c) {
+  if (t.count == 0) return 0;
+  const auto load = [](const T* p) { return Lanes<T>::load_vector(p); };
+  return sum_terms<0>(t, c, [&](index_t row) { return pre.row(gathered(src + row + x * stride, 1, 1, load), c); })[0];
 }
 
 template <typename T>
@@ -471,7 +476,7 @@ struct Planes {
       const Pattern<acc>& pattern = columns.pattern[columns.fits ? columns.slot(b) : 0];
       if (columns.fits && pattern.terms && columns.base(b) >= lo && columns.base(stop - 1) + pattern.span < hi) {
         const acc* from = buffer + columns.base(b) - lo;
-        unrolled(pattern.terms, [&](auto m) INLINED {
+        unrolled<is_tuned<acc>>(pattern.terms, [&](auto m) INLINED {
           if (pattern.wide())
             pattern.template apply<m, true>(from, columns.step, stop - b, pitch, rows, store);
           else
@@ -551,7 +556,7 @@ struct Planes {
                                        [&](index_t j, Unit<acc> u) INLINED { store_unit(to[r] + j * gap, gap, u, end - begin - j); });
     };
     if (s == 2)
-      unrolled(k, [&](auto taps_count) INLINED { columns(taps_count, std::integral_constant<int, 2>{}); });
+      unrolled<is_tuned<acc>>(k, [&](auto taps_count) INLINED { columns(taps_count, std::integral_constant<int, 2>{}); });
     else
       columns(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
   }
@@ -626,7 +631,7 @@ struct Pixels {
       bool all_at_hand = terms.count > 0;
       for (int m = 0; m < terms.count; ++m) all_at_hand &= terms.offset[m] >= lo && terms.offset[m] < hi;
       if (all_at_hand) {
-        unrolled(terms.count, [&](auto m) INLINED {
+        unrolled<is_tuned<W>>(terms.count, [&](auto m) INLINED {
           const auto sum = [&](index_t u) INLINED { return sum_terms<m>(terms, c + u, [&](index_t x) INLINED { return Lanes<acc>::load(buffer + x - lo + u); }); };
           index_t u = 0;
           for (; u + unit <= channels; u += unit) Lanes<T>::store(pixel + u, sum(u));
@@ -660,7 +665,7 @@ struct Pixels {
     // Whole pixels that follow each other in memory are one long run.
     const bool is_run = !op.per_channel && stride == 1 && next == channels && channels == pitch;
     const index_t pixels = is_run ? 1 : hi - lo, length = is_run ? (hi - lo) * channels : channels;
-    unrolled(rows.count, [&](auto m) INLINED {
+    unrolled<is_tuned<W>>(rows.count, [&](auto m) INLINED {
       for (index_t x = 0; x < pixels; ++x) {
         const auto at = [&](index_t u, auto&& load) INLINED {
           const index_t channel = c + (is_run ? u % channels : u);

@@ -23,7 +23,12 @@ namespace AF_ISA {
 #if defined(__AVX512BW__)
 constexpr int vector_bytes = 64;
 #else
-constexpr int vector_bytes = 32;
+constexpr int vector_bytes = 32;  // emulated by the compiler where the processor's are shorter
+#endif
+#if defined(__AVX2__)
+constexpr bool vector_instructions = true;
+#else
+constexpr bool vector_instructions = false;
 #endif
 
 struct bfloat16 {

@@ -1,17 +1,15 @@
 // Blur kernels in plain CUDA C++: nvcc compiles them, and g++ runs the same text under tests/emulation.
 //
 //   blur_any    every op, one thread a result, its windows walked by window.h
-//   blur_down   dst = D src   } stride 2, K taps known to the compiler: a thread owns a few results side by side (a `Lane`)
-//   blur_up     dst = D^T src } and slides down a strip of rows, so that a source row is filtered along the columns once
+//   blur_down   dst = D src   } stride 2, K taps known to the compiler: a thread owns a Lane of results (lanes.cuh) and
+//   blur_up     dst = D^T src } slides down a strip of rows, so that it filters each source row along the columns once
 //   taps_grad   gradient of the taps, one block a number
 //
 // Sums run in a fixed order and no result has two writers, so a repeated call gives the same bits.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../blur_pool.h"
+#include "lanes.cuh"
 #include "launch.h"
 
 namespace aliasfused {
@@ -23,30 +21,6 @@ struct Identity {
     return value;
   }
 };
-
-// N neighbours in memory, moved by one instruction.
-template <typename scalar_t, int N>
-struct alignas(sizeof(scalar_t) * N) Pack {
-  scalar_t v[N];
-};
-
-HOST_DEVICE inline void round_pair(const float* a, float* to) { to[0] = a[0], to[1] = a[1]; }
-__device__ inline void round_pair(const float* a, __half* to) { *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a[0], a[1]); }
-__device__ inline void round_pair(const float* a, __nv_bfloat16* to) {
-  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a[0], a[1]);
-}
-
-template <int N, typename scalar_t>
-__device__ inline void store(const float (&value)[N], scalar_t* to) {
-  Pack<scalar_t, N> pack;
-  if constexpr (N == 1) {
-    pack.v[0] = static_cast<scalar_t>(value[0]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i += 2) round_pair(value + i, pack.v + i);
-  }
-  *reinterpret_cast<Pack<scalar_t, N>*>(to) = pack;
-}
 
 // ---- every op
 
@@ -108,209 +82,7 @@ __global__ void __launch_bounds__(block_threads) blur_any(const __grid_constant_
   static_cast<scalar_t*>(op.dst)[index * d.n + c * d.c + h * d.h + w * d.w] = static_cast<scalar_t>(sum);
 }
 
-// ---- stride 2, K shared taps, 32-bit positions
-
-// Which results a thread owns: consecutive threads take `tile` neighbouring groups of channels, then the groups of columns,
-// so that whatever the layout and however small the map, blocks are full and a warp's addresses adjoin.
-struct Walk {
-  uint32_t tile, cols, tiles, strips, threads;
-  int begin, end, rows;  // the rows there are (for blur_up: pairs of rows), and how many a strip has
-
-  // False for threads beyond the last. Units of a lane's channels and columns; [first, last) are its strip's rows.
-  __device__ bool place(index_t& n, int& c, int& col, int& first, int& last) const {
-    uint32_t index = blockIdx.x * block_threads + threadIdx.x;
-    if (index >= threads) return false;
-    const uint32_t in_tile = index % tile;
-    index /= tile;
-    col = static_cast<int>(index % cols);
-    index /= cols;
-    c = static_cast<int>(index % tiles * tile + in_tile);
-    index /= tiles;
-    first = begin + static_cast<int>(index % strips) * rows;
-    last = first + rows < end ? first + rows : end;
-    n = index / strips;
-    return true;
-  }
-};
-
-template <int K>
-struct Taps {
-  float h[K], w[K];
-};
-
-// One axis of D^T as taps per position of x: position h is the sum over d of at(h)[d] times y[first(h) + d]. The K positions
-// at either end have rows of their own, into which their mirrored or repeated taps are folded.
-template <int K>
-struct Stencils {
-  static constexpr int size = K / 2 + 1;
-  static constexpr int lead = (K % 2 == 0) + 1 - size;  // an even filter reaches one more output at the far end
-  float row[2 * K + 2][size];
-  int in, before;
-
-  HOST_DEVICE int first(int h) const { return (h + before) / 2 + lead; }
-  HOST_DEVICE const float* at(int h) const { return row[h < K ? h : h >= in - K ? h - in + 2 * K : 2 * K + (h + before) % 2]; }
-
-  // False if some output lies outside these windows, as for wrapped borders and wide pads.
-  bool build(const Axis& axis, const float* taps) {
-    in = static_cast<int>(axis.in), before = static_cast<int>(axis.before);
-    bool fits = true;
-    for (int r = 0; r < 2 * K + 2; ++r)
-      for (int d = 0; d < size; ++d) row[r][d] = 0;
-    for (int parity = 0; parity < 2; ++parity)
-      for (int p = parity; p < K; p += 2) row[2 * K + parity][-lead - p / 2] = taps[p];
-    for (int h = 0; h < in; h = h + 1 == K && in - K > K ? in - K : h + 1)
-      axis.outputs_of(h, [&](index_t o, int p) {
-        const index_t d = o - first(h);
-        if (d < 0 || d >= size) fits = false;
-        else row[h < K ? h : h - in + 2 * K][d] += taps[p];
-      });
-    return fits;
-  }
-};
-
-__device__ inline int clamp(int position, int size) { return position < 0 ? 0 : position < size ? position : size - 1; }
-
-// Lanes. `load` fetches what the lane's results need of a source row, `filter` sums it along the columns.
-
-// V adjoining channels of one column, N terms each: NHWC, and with V = 1 any layout, in both directions.
-template <typename scalar_t, int N, int V>
-struct Channels {
-  static constexpr int values = V, columns = 1, channels = V, ahead = 1;
-  struct Raw {
-    Pack<scalar_t, V> x[N];
-  };
-  int offset[N];
-  float tap[N];
-
-  // A term that does not exist has tap 0 and stands on a neighbour.
-  template <int K>
-  __device__ Channels(const BlurPool& op, const Taps<K>& taps, int col) {
-    const int in = static_cast<int>(op.cols.in);
-#pragma unroll
-    for (int q = 0; q < N; ++q) {
-      const int t = 2 * col + q - static_cast<int>(op.cols.before), w = extended_source(t, in, op.cols.border);
-      tap[q] = w < 0 ? 0 : taps.w[q];
-      offset[q] = static_cast<int>((w < 0 ? clamp(t, in) : w) * op.src_stride.w);
-    }
-  }
-  template <int K>
-  __device__ Channels(const BlurPool& op, const Stencils<K>& stencils, int col) {
-    const float* row = stencils.at(col);
-#pragma unroll
-    for (int d = 0; d < N; ++d) {
-      tap[d] = row[d];
-      offset[d] = static_cast<int>(clamp(stencils.first(col) + d, static_cast<int>(op.cols.out)) * op.src_stride.w);
-    }
-  }
-
-  __device__ Raw load(const scalar_t* row) const {
-    Raw raw;
-#pragma unroll
-    for (int d = 0; d < N; ++d) raw.x[d] = *reinterpret_cast<const Pack<scalar_t, V>*>(row + offset[d]);
-    return raw;
-  }
-
-  template <typename Pre>
-  __device__ void filter(const Raw& raw, const Pre& pre, index_t c, float (&out)[V]) const {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      out[v] = 0;
-#pragma unroll
-      for (int d = 0; d < N; ++d) out[v] += tap[d] * pre(static_cast<float>(raw.x[d].v[v]), c + v);
-    }
-  }
-};
-
-// NCHW forward: P adjoining outputs of a row. Their 2P inputs are one aligned load; the K - 2 beyond are remapped one by one.
-template <typename scalar_t, int K, int P>
-struct RowDown {
-  static constexpr int values = P, columns = P, channels = 1, ahead = 2;
-  static constexpr int left = (K - 1) / 2, halo = K - 2;
-  struct Raw {
-    Pack<scalar_t, 2 * P> middle;
-    scalar_t side[halo + 1];
-  };
-  int offset, side[halo + 1];
-  float tap[K];
-
-  __device__ RowDown(const BlurPool& op, const Taps<K>& taps, int col) : offset(2 * col) {
-#pragma unroll
-    for (int i = 0; i < halo; ++i)
-      side[i] = extended_source(offset - left + i + (i < left ? 0 : 2 * P), static_cast<int>(op.cols.in), op.cols.border);
-#pragma unroll
-    for (int q = 0; q < K; ++q) tap[q] = taps.w[q];
-  }
-
-  __device__ Raw load(const scalar_t* row) const {
-    Raw raw;
-    raw.middle = *reinterpret_cast<const Pack<scalar_t, 2 * P>*>(row + offset);
-#pragma unroll
-    for (int i = 0; i < halo; ++i) raw.side[i] = row[side[i] < 0 ? 0 : side[i]];
-    return raw;
-  }
-
-  template <typename Pre>
-  __device__ void filter(const Raw& raw, const Pre& pre, index_t c, float (&out)[P]) const {
-    float x[2 * P + halo];
-#pragma unroll
-    for (int i = 0; i < 2 * P; ++i) x[left + i] = pre(static_cast<float>(raw.middle.v[i]), c);
-#pragma unroll
-    for (int i = 0; i < halo; ++i)
-      x[i < left ? i : i + 2 * P] = side[i] < 0 ? 0 : pre(static_cast<float>(raw.side[i]), c);
-#pragma unroll
-    for (int v = 0; v < P; ++v) {
-      out[v] = 0;
-#pragma unroll
-      for (int q = 0; q < K; ++q) out[v] += tap[q] * x[2 * v + q];
-    }
-  }
-};
-
-// NCHW adjoint: P even and P odd columns of dx side by side, one aligned store, from the few dy they share.
-template <typename scalar_t, int K, int P>
-struct RowUp {
-  static constexpr int values = 2 * P, columns = 2 * P, channels = 1, ahead = 1;
-  static constexpr int left = (K - 1) / 2, size = Stencils<K>::size;
-  static constexpr int step(int e) { return (e + left) / 2 - left / 2; }  // how far column e's window is from column 0's
-  static constexpr int reads = step(2 * P - 1) + size;
-  struct Raw {
-    scalar_t y[reads];
-  };
-  int offset[reads];
-  float tap[2 * P][size];
-
-  __device__ RowUp(const BlurPool& op, const Stencils<K>& stencils, int col) {
-#pragma unroll
-    for (int i = 0; i < reads; ++i)
-      offset[i] = static_cast<int>(clamp(stencils.first(col) + i, static_cast<int>(op.cols.out)) * op.src_stride.w);
-#pragma unroll
-    for (int e = 0; e < 2 * P; ++e) {
-      const float* row = stencils.at(col + e);
-#pragma unroll
-      for (int d = 0; d < size; ++d) tap[e][d] = row[d];
-    }
-  }
-
-  __device__ Raw load(const scalar_t* row) const {
-    Raw raw;
-#pragma unroll
-    for (int i = 0; i < reads; ++i) raw.y[i] = row[offset[i]];
-    return raw;
-  }
-
-  template <typename Pre>
-  __device__ void filter(const Raw& raw, const Pre& pre, index_t c, float (&out)[2 * P]) const {
-    float y[reads];
-#pragma unroll
-    for (int i = 0; i < reads; ++i) y[i] = pre(static_cast<float>(raw.y[i]), c);
-#pragma unroll
-    for (int e = 0; e < 2 * P; ++e) {
-      out[e] = 0;
-#pragma unroll
-      for (int d = 0; d < size; ++d) out[e] += tap[e][d] * y[step(e) + d];
-    }
-  }
-};
+// ---- stride 2, K shared taps
 
 template <typename scalar_t, int K, typename Lane, typename Pre>
 __global__ void __launch_bounds__(block_threads, K <= 5 ? 3 : 2)
