@@ -245,21 +245,36 @@ acc_t<T> sum_rows_at(const T* src, const Terms<acc_t<T>>& t, index_t x, index_t 
   return sum_terms<0>(t, c, [&](index_t row) { return pre.row(gathered(src + row + x * stride, 1, 1, load), c); })[0];
 }
 
-template <typename T>
-INLINED inline void store_unit(T* p, index_t stride, Unit<acc_t<T>> natural, index_t n) {
-  const auto u = from_natural<T>(natural);
-  if (stride == 1) return n >= Lanes<T>::unit ? Lanes<T>::store(p, u) : Lanes<T>::store(p, u, n);
-  T copy[Lanes<T>::unit];
-  Lanes<T>::store(copy, u);
-  for (int i = 0; i < n && i < Lanes<T>::unit; ++i) p[i * stride] = copy[i];
-}
+// Memory that is about to be read, asked for while the processor is busy with what it has: each step of the work asks for
+// `share` bytes more.
+struct Ahead {
+  const char* next;
+  index_t share;
+  INLINED void operator()() {
+    for (index_t i = 0; i < share; i += 64) __builtin_prefetch(next + i, 0, 2);
+    next += share;
+  }
+};
+
+// Results on their way to memory. Where there are more than a cache holds they bypass it: otherwise every line of them would
+// be read before it is written.
+constexpr index_t cached_bytes = index_t(24) << 20;
 
 template <typename T>
-INLINED inline void store_vector(T* p, index_t stride, typename Vector<acc_t<T>>::type v, index_t n) {
-  if (stride == 1) return n >= Vector<acc_t<T>>::lanes ? Lanes<T>::store_vector(p, v) : Lanes<T>::store_vector(p, v, n);
-  T copy[Lanes<T>::unit];
-  Lanes<T>::store_vector(copy, v);
-  for (int i = 0; i < n && i < Vector<acc_t<T>>::lanes; ++i) p[i * stride] = copy[i];
+inline void flush(T* dst, const T* results, index_t n, bool bypass) {
+#if defined(__AVX512BW__)
+  if (bypass && n * sizeof(T) >= 128) {
+    const index_t head = -reinterpret_cast<uintptr_t>(dst) % 64 / sizeof(T);
+    std::memcpy(dst, results, head * sizeof(T));
+    constexpr index_t line = 64 / sizeof(T);
+    index_t i = head;
+    for (; i + line <= n; i += line) _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(results + i));
+    dst += i, results += i, n -= i;
+  }
+#else
+  (void)bypass;
+#endif
+  std::memcpy(dst, results, n * sizeof(T));
 }
 
 // Columns by permutation: one vector of results whose sources lie in two neighbouring vectors of the buffer is a sum of
@@ -307,12 +322,13 @@ struct Pattern {
 
   // M terms in registers, over `blocks` blocks (`step` sources apart) of `rows` buffered rows (`pitch` apart).
   template <int M, bool WIDE, typename Store>
-  void apply(const acc* buffer, index_t step, index_t blocks, index_t pitch, int rows, Store&& store) const {
+  INLINED void apply(const acc* buffer, index_t step, index_t blocks, index_t pitch, int rows, Ahead ahead, Store&& store) const {
     typename V::index l[M ? M : most_terms];
     typename V::type w[M ? M : most_terms];
     const int count = M ? M : terms;
     for (int m = 0; m < count; ++m) l[m] = lane[m], w[m] = weight[m];
-    for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r) {
+      ahead();
       for (index_t b = 0; b < blocks; ++b) {
         const acc* p = buffer + r * pitch + b * step;
         const auto low = V::load(p), high = WIDE ? V::load(p + V::lanes) : low;
@@ -322,6 +338,7 @@ struct Pattern {
         for (int m = 1; m < count; ++m) sum += permuted(m) * w[m];
         store(r, b, sum);
       }
+    }
   }
 };
 
@@ -359,8 +376,8 @@ struct Columns {
     const bool interior = b >= interior_begin && b < interior_end;
     return pattern[slot(b)].base + (interior ? (b - interior_begin) * step : 0);
   }
-  // The first block beyond b that does not share its pattern.
-  index_t next(index_t b) const { return b >= interior_begin && b < interior_end ? interior_end : b + 1; }
+  // The first block of those that share the pattern of b.
+  index_t first(index_t b) const { return b >= interior_begin && b < interior_end ? interior_begin : b; }
 };
 
 // Columns by phase, forward and for any row: source t of the extended row goes to phase t % stride, so that tap q of
@@ -396,6 +413,7 @@ struct Planes {
   index_t phase_pitch = min(out_cols, most_cols) + op.cols.taps / op.cols.stride + 2 * unit;
   index_t pitch = permute ? round_up(ADJOINT ? min(op.cols.out, buffered_by(op.cols, min(out_cols, most_cols))) : op.cols.in, V::lanes) + V::lanes
                           : phase_pitch * op.cols.stride;
+  // Rows of one pass: enough to spread the cost of its set-up.
   int strip = max(1, min(most_rows, buffer_goal / pitch));
 
   // What depends on the taps: shared by all threads, or rebuilt by each for every channel.
@@ -416,22 +434,19 @@ struct Planes {
   struct Row {
     index_t n, c, o;
     const T* src;
-    T* dst;
-    bool roomy;  // a whole vector may be read at the end of every row of the plane: what follows is still the tensor
+    bool roomy;  // whole vectors may be read at the end of every row of the plane: what follows is still the tensor
   };
   void enter(Row& r) const {
-    r.src = static_cast<const T*>(op.src) + r.n * op.src_stride.n + r.c * op.src_stride.c;
-    r.dst = static_cast<T*>(op.dst) + r.n * op.dst_stride.n + r.c * op.dst_stride.c + r.o * op.dst_stride.h;
     const Strides& s = op.src_stride;
+    r.src = static_cast<const T*>(op.src) + r.n * s.n + r.c * s.c;
     r.roomy = (op.batch - 1 - r.n) * s.n + (op.channels - 1 - r.c) * s.c >= unit;
   }
   Row row_at(index_t item) const {
-    Row r{item / out_rows / op.channels, item / out_rows % op.channels, item % out_rows, nullptr, nullptr, false};
+    Row r{item / out_rows / op.channels, item / out_rows % op.channels, item % out_rows, nullptr, false};
     enter(r);
     return r;
   }
   INLINED void advance(Row& r) const {
-    r.dst += op.dst_stride.h;
     if (++r.o < out_rows) return;
     r.o = 0;
     if (++r.c == op.channels) r.c = 0, ++r.n;
@@ -440,54 +455,90 @@ struct Planes {
 
   using Finder = typename AxisTerms<ADJOINT, acc>::Finder;
 
+  // Some rows from `row` on, and of these some columns.
+  struct Piece {
+    Row row;
+    int rows;
+    index_t begin, end;
+    acc* buffer;  // sums of source rows
+    T* results;   // row after row without a gap; whole vectors are stored, each row over the excess of the one before
+  };
+
+  // Rows [begin, end) of the result, which is contiguous.
   void run(index_t begin, index_t end, Tables& tables) const {
     const Finder terms(tables.rows);
-    Scratch<acc> buffer(strip * pitch);
+    const Scratch<acc> buffer(strip * pitch);
+    const Scratch<T> results(strip * min(out_cols, most_cols) + unit);
+    const bool bypass = op.batch * op.channels * out_rows * out_cols * index_t(sizeof(T)) > cached_bytes;
     Row row = row_at(begin);
     for (index_t item = begin; item < end;) {
       if (op.per_channel && (item == begin || row.o == 0)) tables.build(*this, row.c);
       const int rows = min(min(strip, end - item), op.per_channel ? out_rows - row.o : strip);
       for (index_t j = 0; j < out_cols; j += most_cols) {
+        const Piece piece{row, rows, j, min(j + most_cols, out_cols), buffer.data, results.data};
         if (permute)
-          by_permutation(row, rows, terms, tables, buffer.data, j, min(j + most_cols, out_cols));
+          by_permutation(piece, terms, tables);
         else if constexpr (!ADJOINT)
-          by_phase(row, rows, terms, tables.taps_w, buffer.data, j, min(j + most_cols, out_cols));
+          by_phase(piece, terms, tables.taps_w);
+        T* dst = static_cast<T*>(op.dst) + item * out_cols + j;
+        const index_t width = piece.end - j;
+        if (width == out_cols)
+          flush(dst, results.data, rows * width, bypass);
+        else
+          for (int r = 0; r < rows; ++r) flush(dst + r * out_cols, results.data + r * width, width, bypass);
       }
       item += rows;
       for (int r = 0; r < rows; ++r) advance(row);
     }
   }
 
-  // Columns [begin, end) of `rows` rows from `row` on; begin is a multiple of most_cols.
-  void by_permutation(Row row, int rows, const Finder& terms, const Tables& tables, acc* buffer, index_t begin, index_t end) const {
-    const Range at_hand = buffered<ADJOINT>(op.cols, begin, end);
-    const index_t lo = at_hand.lo, hi = at_hand.hi, gap = op.dst_stride.w;
+  // What the rows from `row` on will read first.
+  Ahead ahead_of(const Row& row, const Finder& terms) const {
+    if (row.n == op.batch || op.src_stride.w != 1) return {nullptr, 0};
+    const Terms<acc> t = terms(row.o);
+    const index_t newest = t.count ? max(t.offset[0], t.offset[t.count - 1]) : 0;
+    const index_t rows = ADJOINT ? op.rows.out : op.rows.in;
+    return {reinterpret_cast<const char*>(row.src + newest), rows * op.src_stride.h / out_rows * index_t(sizeof(T))};
+  }
+
+  // The first step: sums of source rows over [lo, hi), as vectors or as units.
+  template <bool by_units, typename Store>
+  INLINED void sum(const Row& row, const Finder& terms, index_t lo, index_t hi, Store&& store) const {
+    constexpr int width = by_units ? unit : V::lanes;
+    sum_rows<by_units>(row.src, terms(row.o), lo, row.roomy ? lo + round_up(hi - lo, width) : hi, op.src_stride.w, pre, row.c, store);
+  }
+
+  void by_permutation(const Piece& piece, const Finder& terms, const Tables& tables) const {
+    const Range at_hand = buffered<ADJOINT>(op.cols, piece.begin, piece.end);
+    const index_t lo = at_hand.lo, hi = at_hand.hi, width = piece.end - piece.begin;
     const Columns<ADJOINT, acc>& columns = tables.columns;
-    const Row first = row;
-    T* to[most_rows];
-    for (int r = 0; r < rows; ++r, advance(row)) {
-      to[r] = row.dst;
-      acc* sums = buffer + r * pitch;
-      sum_rows<false>(row.src, terms(row.o), lo, row.roomy ? lo + round_up(hi - lo, V::lanes) : hi, op.src_stride.w, pre, row.c, [&](index_t x, auto v) INLINED { V::store(sums + x, v); });
+    Row row = piece.row;
+    for (int r = 0; r < piece.rows; ++r, advance(row)) {
+      acc* sums = piece.buffer + r * pitch;
+      sum<false>(row, terms, lo, hi, [&](index_t x, auto v) INLINED { V::store(sums + x, v); });
     }
-    for (index_t b = begin / V::lanes, last = (end + V::lanes - 1) / V::lanes; b < last;) {
-      const index_t stop = columns.fits ? min(columns.next(b), last) : b + 1, o = b * V::lanes;
-      const auto store = [&](int r, index_t i, auto v) INLINED { store_vector(to[r] + (o + i * V::lanes) * gap, gap, v, end - o - i * V::lanes); };
+    // The last columns first, so that what a vector has in excess is still to be stored in the row below.
+    for (index_t first_block = piece.begin / V::lanes, stop = (piece.end + V::lanes - 1) / V::lanes; stop > first_block;) {
+      const index_t b = columns.fits ? max(columns.first(stop - 1), first_block) : stop - 1;
+      T* to = piece.results + b * V::lanes - piece.begin;
+      const auto store = [&](int r, index_t i, auto v) INLINED { Lanes<T>::store_vector(to + r * width + i * V::lanes, v); };
       const Pattern<acc>& pattern = columns.pattern[columns.fits ? columns.slot(b) : 0];
       if (columns.fits && pattern.terms && columns.base(b) >= lo && columns.base(stop - 1) + pattern.span < hi) {
-        const acc* from = buffer + columns.base(b) - lo;
+        const acc* from = piece.buffer + columns.base(b) - lo;
+        const Ahead ahead = stop - b > 1 || columns.repeats() == 0 ? ahead_of(row, terms) : Ahead{nullptr, 0};
         unrolled<is_tuned<acc>>(pattern.terms, [&](auto m) INLINED {
           if (pattern.wide())
-            pattern.template apply<m, true>(from, columns.step, stop - b, pitch, rows, store);
+            pattern.template apply<m, true>(from, columns.step, stop - b, pitch, piece.rows, ahead, store);
           else
-            pattern.template apply<m, false>(from, columns.step, stop - b, pitch, rows, store);
+            pattern.template apply<m, false>(from, columns.step, stop - b, pitch, piece.rows, ahead, store);
         });
       } else {
-        row = first;
-        for (int r = 0; r < rows; ++r, advance(row))
-          for (index_t i = b; i < stop; ++i) store(r, i - b, lane_by_lane(row, terms, tables.taps_w, i * V::lanes, buffer + r * pitch, lo, hi));
+        Row here = piece.row;
+        for (int r = 0; r < piece.rows; ++r, advance(here))
+          for (index_t i = b; i < stop; ++i)
+            store(r, i - b, lane_by_lane(here, terms, tables.taps_w, i * V::lanes, piece.buffer + r * pitch, lo, hi));
       }
-      b = stop;
+      stop = b;
     }
   }
 
@@ -500,60 +551,52 @@ struct Planes {
     return v;
   }
 
-  // Columns [begin, end) of `rows` rows from `row` on, forward.
-  void by_phase(Row row, int rows, const Finder& terms, const acc* taps, acc* buffer, index_t begin, index_t end) const {
+  void by_phase(const Piece& piece, const Finder& terms, const acc* taps) const {
     const Axis& axis = op.cols;
     const int s = axis.stride, k = axis.taps;
-    const index_t first = begin * s - axis.before, last = (end - 1) * s + k - axis.before;  // of the extended row
-    const Range at_hand = buffered<ADJOINT>(axis, begin, end);
-    const index_t lo = at_hand.lo, hi = at_hand.hi, gap = op.dst_stride.w;
+    const index_t first = piece.begin * s - axis.before, last = (piece.end - 1) * s + k - axis.before;  // of the extended row
+    const Range at_hand = buffered<ADJOINT>(axis, piece.begin, piece.end);
+    const index_t lo = at_hand.lo, hi = at_hand.hi, width = piece.end - piece.begin;
     const auto place = [&](index_t t) INLINED { return (t - first) % s * phase_pitch + (t - first) / s; };
     const index_t even = place(lo), odd = place(lo + 1);
-    const Row first_row = row;
-    T* to[most_rows];
 
-    for (int r = 0; r < rows; ++r, advance(row)) {
-      to[r] = row.dst + begin * gap;
-      acc* phases = buffer + r * pitch;
-      const auto sum = [&](auto&& store) INLINED { sum_rows<true>(row.src, terms(row.o), lo, row.roomy ? lo + round_up(hi - lo, unit) : hi, op.src_stride.w, pre, row.c, store); };
+    Row row = piece.row;
+    for (int r = 0; r < piece.rows; ++r, advance(row)) {
+      acc* phases = piece.buffer + r * pitch;
       if (s == 1) {
-        sum([&](index_t x, Unit<acc> u) INLINED {
-          const auto v = to_natural<T>(u);
-          V::store(phases + even + x, v.a), V::store(phases + even + x + V::lanes, v.b);
-        });
+        sum<false>(row, terms, lo, hi, [&](index_t x, auto v) INLINED { V::store(phases + even + x, v); });
       } else if (s == 2) {
-        sum([&](index_t x, Unit<acc> u) INLINED {
+        sum<true>(row, terms, lo, hi, [&](index_t x, Unit<acc> u) INLINED {
           const auto v = Lanes<T>::is_split ? u : split(u);
           V::store(phases + even + x / 2, v.a), V::store(phases + odd + x / 2, v.b);
         });
       } else {
-        sum([&](index_t x, Unit<acc> u) INLINED {
-          const auto v = to_natural<T>(u);
-          for (int i = 0; i < V::lanes; ++i) {
-            if (x + i < hi - lo) phases[place(lo + x + i)] = v.a[i];
-            if (x + V::lanes + i < hi - lo) phases[place(lo + x + V::lanes + i)] = v.b[i];
-          }
+        sum<false>(row, terms, lo, hi, [&](index_t x, auto v) INLINED {
+          for (int i = 0; i < V::lanes && x + i < hi - lo; ++i) phases[place(lo + x + i)] = v[i];
         });
       }
     }
     const auto fill = [&](index_t t) INLINED {
       const index_t x = axis.source(t), to = place(t);
-      if (x >= lo && x < hi) {
-        const index_t from = place(x);
-        for (int r = 0; r < rows; ++r) buffer[r * pitch + to] = buffer[r * pitch + from];
-        return;
+      const bool copied = x >= lo && x < hi;
+      const index_t from = copied ? place(x) : 0;
+      Row here = piece.row;
+      for (int r = 0; r < piece.rows; ++r, advance(here)) {
+        acc* phases = piece.buffer + r * pitch;
+        phases[to] = copied ? phases[from] : x < 0 ? acc(0) : sum_rows_at(here.src, terms(here.o), x, op.src_stride.w, pre, here.c);
       }
-      row = first_row;
-      for (int r = 0; r < rows; ++r, advance(row))
-        buffer[r * pitch + to] = x < 0 ? acc(0) : sum_rows_at(row.src, terms(row.o), x, op.src_stride.w, pre, row.c);
     };
     for (index_t t = first; t < min(lo, last); ++t) fill(t);
     for (index_t t = max(hi, first); t < last; ++t) fill(t);
 
+    Ahead ahead = ahead_of(row, terms);
     const auto columns = [&](auto taps_count, auto stride) INLINED {
-      for (int r = 0; r < rows; ++r)
-        sum_phases<taps_count, stride>(buffer + r * pitch, phase_pitch, taps, k, s, end - begin,
-                                       [&](index_t j, Unit<acc> u) INLINED { store_unit(to[r] + j * gap, gap, u, end - begin - j); });
+      for (int r = 0; r < piece.rows; ++r) {
+        ahead();
+        sum_phases<taps_count, stride>(piece.buffer + r * pitch, phase_pitch, taps, k, s, width, [&](index_t j, Unit<acc> u) INLINED {
+          Lanes<T>::store(piece.results + r * width + j, from_natural<T>(u));
+        });
+      }
     };
     if (s == 2)
       unrolled<is_tuned<acc>>(k, [&](auto taps_count) INLINED { columns(taps_count, std::integral_constant<int, 2>{}); });
@@ -596,6 +639,8 @@ struct Pixels {
   index_t some_cols = max(op.cols.stride, ADJOINT ? buffer_goal / some_channels * op.cols.stride - op.cols.taps
                                                   : (buffer_goal / some_channels - op.cols.taps) / op.cols.stride);
   index_t pitch = some_channels;
+  bool bypass = op.batch * op.channels * out_rows * out_cols * index_t(sizeof(T)) > cached_bytes &&
+                op.channels * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(op.dst) % 64 == 0;
 
   index_t buffer_cols() const {
     const index_t n = min(some_cols, out_cols);
@@ -606,21 +651,31 @@ struct Pixels {
 
   void run(index_t begin, index_t end, const AllTerms& all_rows, const AllTerms& all_cols) const {
     const typename AllTerms::Finder rows(all_rows), cols(all_cols);
-    Scratch<acc> buffer((buffer_cols() + 2) * pitch + unit);
+    const Scratch<acc> buffer((buffer_cols() + 2) * pitch + unit);
     for (index_t item = begin; item < end; ++item) {
       const index_t o = item % out_rows, n = item / out_rows;
       const T* src = static_cast<const T*>(op.src) + n * op.src_stride.n;
       T* dst = static_cast<T*>(op.dst) + n * op.dst_stride.n + o * op.dst_stride.h;
+      const Terms<W> terms = rows(o);
+      Ahead ahead = ahead_of(src, terms);
       for (index_t c = 0; c < op.channels; c += some_channels)
         for (index_t j = 0; j < out_cols; j += some_cols)
-          columns(src + c * op.src_stride.c, rows(o), cols, buffer.data, c, min(some_channels, op.channels - c), j,
-                  min(j + some_cols, out_cols), dst + c);
+          columns(src + c * op.src_stride.c, terms, cols, buffer.data, c, min(some_channels, op.channels - c), j,
+                  min(j + some_cols, out_cols), dst + c, ahead);
     }
+  }
+
+  // The source rows that follow those of `terms`, in shares for each unit of the result.
+  Ahead ahead_of(const T* src, const Terms<W>& terms) const {
+    if (op.src_stride.c != 1 || terms.count == 0) return {nullptr, 0};
+    const index_t newest = max(terms.offset[0], terms.offset[terms.count - 1]);
+    const index_t bytes = (ADJOINT ? op.rows.out : op.rows.in) * op.src_stride.h / out_rows * index_t(sizeof(T));
+    return {reinterpret_cast<const char*>(src + newest + op.src_stride.h), bytes * unit / max(out_cols * op.channels, 1)};
   }
 
   // Channels [c, c + channels) of results [begin, end) of a row.
   void columns(const T* src, const Terms<W>& rows, const typename AllTerms::Finder& cols, acc* buffer, index_t c, index_t channels,
-               index_t begin, index_t end, T* dst) const {
+               index_t begin, index_t end, T* dst, Ahead& ahead) const {
     const Range at_hand = buffered<ADJOINT>(op.cols, begin, end);
     const index_t lo = at_hand.lo * pitch, hi = at_hand.hi * pitch;
     sum_pixels(src, rows, c, channels, at_hand.lo, at_hand.hi, buffer);
@@ -634,7 +689,10 @@ struct Pixels {
         unrolled<is_tuned<W>>(terms.count, [&](auto m) INLINED {
           const auto sum = [&](index_t u) INLINED { return sum_terms<m>(terms, c + u, [&](index_t x) INLINED { return Lanes<acc>::load(buffer + x - lo + u); }); };
           index_t u = 0;
-          for (; u + unit <= channels; u += unit) Lanes<T>::store(pixel + u, sum(u));
+          for (; u + unit <= channels; u += unit) {
+            ahead();
+            bypass ? Lanes<T>::stream(pixel + u, sum(u)) : Lanes<T>::store(pixel + u, sum(u));
+          }
           if (u < channels) Lanes<T>::store(pixel + u, sum(u), channels - u);
         });
         continue;

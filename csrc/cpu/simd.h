@@ -91,6 +91,15 @@ struct WideLanes {
   static constexpr bool is_split = false;
   INLINED static Unit<acc> load(const acc* p) { return {V::load(p), V::load(p + V::lanes)}; }
   INLINED static void store(acc* p, Unit<acc> u) { V::store(p, u.a), V::store(p + V::lanes, u.b); }
+  // A store to aligned memory that bypasses the caches, where the processor has one.
+  INLINED static void stream(acc* p, Unit<acc> u) {
+#if defined(__AVX512BW__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)u.a);
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p + V::lanes), (__m512i)u.b);
+#else
+    store(p, u);
+#endif
+  }
   INLINED static typename V::type load_vector(const acc* p) { return V::load(p); }
   INLINED static void store_vector(acc* p, typename V::type v) { V::store(p, v); }
   INLINED static typename V::type load_vector(const acc* p, int n) {
@@ -188,6 +197,13 @@ struct HalfLanes {
   INLINED static Unit<float> load(const T* p, int n) { return Self::widen(HalfBits::load(p, n)); }
   INLINED static void store(T* p, Unit<float> u) { HalfBits::store(p, Self::narrow(u)); }
   INLINED static void store(T* p, Unit<float> u, int n) { HalfBits::store(p, Self::narrow(u), n); }
+  INLINED static void stream(T* p, Unit<float> u) {
+#if defined(__AVX512BW__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)Self::narrow(u));
+#else
+    store(p, u);
+#endif
+  }
   INLINED static V::type load_vector(const T* p) { return Self::widen(*reinterpret_cast<const unaligned_half*>(p)); }
   INLINED static void store_vector(T* p, V::type v) { *reinterpret_cast<unaligned_half*>(p) = Self::narrow(v); }
 #if defined(__AVX512BW__)
