@@ -38,10 +38,10 @@ struct HostTaps {
 
 Tensor channel_taps(const Tensor& taps, const Tensor& x, const char* name) {
   const auto wanted = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(taps.dim() == 2 && taps.size(0) == x.size(1) && taps.size(1) >= 1 && taps.scalar_type() == wanted &&
-                      taps.device() == x.device(),
-                  "aliasfused: ", name, " must be a (", x.size(1), ", k) tensor of ", wanted == ScalarType::Double ? "float64" : "float32",
-                  " on the device of the input");
+  STD_TORCH_CHECK(
+      taps.dim() == 2 && taps.size(0) == x.size(1) && taps.size(1) >= 1 && taps.scalar_type() == wanted && taps.device() == x.device(),
+      "aliasfused: ", name, " must be a (", x.size(1), ", k) tensor of ", wanted == ScalarType::Double ? "float64" : "float32",
+      " on the device of the input");
   return torch::stable::contiguous(taps);
 }
 
@@ -57,7 +57,8 @@ struct Geometry {
 };
 
 template <typename Device>
-Tensor blur(const Tensor& src, const Geometry& g, bool adjoint, bool channels_last, const void* taps_h, const void* taps_w, bool per_channel) {
+Tensor blur(const Tensor& src, const Geometry& g, bool adjoint, bool channels_last, const void* taps_h, const void* taps_w,
+            bool per_channel) {
   const Axis &rows = g.rows, &cols = g.cols;
   STD_TORCH_CHECK(!adjoint || (src.size(2) == rows.out && src.size(3) == cols.out), "aliasfused: dy of ", src.size(2), " x ", src.size(3),
                   " is not the blurred map of ", rows.in, " x ", cols.in, ", which has ", rows.out, " x ", cols.out);
@@ -99,7 +100,8 @@ Tensor taps_fwd(Tensor x, Tensor taps_h, Tensor taps_w, Ints stride, Ints paddin
 }
 
 template <typename Device>
-Tensor taps_bwd(Tensor dy, Tensor taps_h, Tensor taps_w, Ints stride, Ints padding, std::string pad_mode, int64_t H, int64_t W, bool channels_last) {
+Tensor taps_bwd(Tensor dy, Tensor taps_h, Tensor taps_w, Ints stride, Ints padding, std::string pad_mode, int64_t H, int64_t W,
+                bool channels_last) {
   check_4d(dy, "dy");
   const Tensor h = channel_taps(taps_h, dy, "taps_h"), w = channel_taps(taps_w, dy, "taps_w");
   const Geometry g(H, W, h.size(1), w.size(1), stride, padding, pad_mode);
@@ -116,12 +118,12 @@ Tensor taps_grad(Tensor dy, Tensor x, Tensor other, int64_t axis, int64_t size, 
   const Geometry g(x.size(2), x.size(3), axis == 0 ? size : k, axis == 0 ? k : size, stride, padding, pad_mode);
   STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == x.size(1) && dy.size(2) == g.rows.out && dy.size(3) == g.cols.out &&
                       dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
-                  "aliasfused: dy must be like the blurred x: its dtype and device, ", x.size(0), " x ", x.size(1), " x ", g.rows.out, " x ",
-                  g.cols.out);
+                  "aliasfused: dy must be like the blurred x: its dtype and device, ", x.size(0), " x ", x.size(1), " x ", g.rows.out,
+                  " x ", g.cols.out);
   Tensor dst = torch::stable::new_zeros(cross, {x.size(1), size});
   if (dy.numel() == 0 || dst.numel() == 0) return dst;
-  Device::run(TapsGrad{dtype_of(x), x.size(0), x.size(1), g.rows, g.cols, static_cast<int>(axis), dy.data_ptr(), x.data_ptr(), strides_of(dy),
-                       strides_of(x), cross.data_ptr(), dst.data_ptr()},
+  Device::run(TapsGrad{dtype_of(x), x.size(0), x.size(1), g.rows, g.cols, static_cast<int>(axis), dy.data_ptr(), x.data_ptr(),
+                       strides_of(dy), strides_of(x), cross.data_ptr(), dst.data_ptr()},
               x);
   return dst;
 }

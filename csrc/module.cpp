@@ -16,8 +16,8 @@ namespace {
 
 PyObject* info(PyObject*, PyObject*) {
   try {
-    const std::string text = std::string("cpu=") + aliasfused::cpu_kernels().name + " of " + aliasfused::cpu_isas() +
-                             ";cuda=" ALIASFUSED_CUDA_ARCHITECTURES;
+    const std::string text =
+        std::string("cpu=") + aliasfused::cpu_kernels().name + " of " + aliasfused::cpu_isas() + ";cuda=" ALIASFUSED_CUDA_ARCHITECTURES;
     return PyUnicode_FromString(text.c_str());
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_ImportError, error.what());

@@ -203,46 +203,28 @@ INLINED inline auto gathered(const T* p, index_t stride, index_t n, Load&& load)
   return load(copy);
 }
 
-// Sums of source rows over columns [lo, hi) as single vectors in natural order or, `by_units`, as units in T's order:
-// store(column - lo, sum).
-template <bool by_units, typename T, typename Pre, typename Store>
-INLINED inline void sum_rows(const T* src, const Terms<acc_t<T>>& t, index_t lo, index_t hi, index_t stride, const Pre& pre, index_t c, Store&& store) {
-  using L = Lanes<T>;
-  constexpr int width = by_units ? L::unit : Vector<acc_t<T>>::lanes;
-  const auto load = [](const T* p) INLINED {
-    if constexpr (by_units)
-      return L::load(p);
-    else
-      return L::load_vector(p);
-  };
-  const auto load_first = [](const T* p, int n) INLINED {
-    if constexpr (by_units)
-      return L::load(p, n);
-    else
-      return L::load_vector(p, n);
-  };
-  if (t.count == 0) {  // every source lies in a border of zeros
-    for (index_t x = lo; x < hi; x += width) store(x - lo, decltype(load(src)){});
-    return;
-  }
-  if (stride != 1) {
-    for (index_t x = lo; x < hi; x += width)
-      store(x - lo, sum_terms<0>(t, c, [&](index_t row) INLINED { return pre.row(gathered(src + row + x * stride, stride, hi - x, load), c); }));
-    return;
-  }
-  unrolled<is_tuned<acc_t<T>>>(t.count, [&](auto m) INLINED {
-    index_t x = lo;
-    for (; x + width <= hi; x += width) store(x - lo, sum_terms<m>(t, c, [&](index_t row) INLINED { return pre.row(load(src + row + x), c); }));
-    if (x < hi) store(x - lo, sum_terms<m>(t, c, [&](index_t row) INLINED { return pre.row(load_first(src + row + x, hi - x), c); }));
-  });
+// Whole or partial vectors in natural order, or units in the order of T.
+template <bool by_units, typename T>
+INLINED inline auto load(const T* p) {
+  if constexpr (by_units)
+    return Lanes<T>::load(p);
+  else
+    return Lanes<T>::load_vector(p);
+}
+template <bool by_units, typename T>
+INLINED inline auto load(const T* p, int n) {
+  if constexpr (by_units)
+    return Lanes<T>::load(p, n);
+  else
+    return Lanes<T>::load_vector(p, n);
 }
 
 // The sum of source rows at one column.
 template <typename T, typename Pre>
 acc_t<T> sum_rows_at(const T* src, const Terms<acc_t<T>>& t, index_t x, index_t stride, const Pre& pre, index_t c) {
   if (t.count == 0) return 0;
-  const auto load = [](const T* p) { return Lanes<T>::load_vector(p); };
-  return sum_terms<0>(t, c, [&](index_t row) { return pre.row(gathered(src + row + x * stride, 1, 1, load), c); })[0];
+  const auto first = [](const T* p) { return load<false>(p); };
+  return sum_terms<0>(t, c, [&](index_t row) { return pre.row(gathered(src + row + x * stride, 1, 1, first), c); })[0];
 }
 
 // Memory that is about to be read, asked for while the processor is busy with what it has: each step of the work asks for
@@ -501,22 +483,48 @@ struct Planes {
     return {reinterpret_cast<const char*>(row.src + newest), rows * op.src_stride.h / out_rows * index_t(sizeof(T))};
   }
 
-  // The first step: sums of source rows over [lo, hi), as vectors or as units.
+  // The first step: sums of source rows over columns [lo, hi) for every row of a piece, as vectors in natural order or as
+  // units in T's order: store(row of the piece, column - lo, sum). Returns the row that follows.
   template <bool by_units, typename Store>
-  INLINED void sum(const Row& row, const Finder& terms, index_t lo, index_t hi, Store&& store) const {
+  INLINED Row sum_rows(const Piece& piece, const Finder& terms, index_t lo, index_t hi, Store&& store) const {
     constexpr int width = by_units ? unit : V::lanes;
-    sum_rows<by_units>(row.src, terms(row.o), lo, row.roomy ? lo + round_up(hi - lo, width) : hi, op.src_stride.w, pre, row.c, store);
+    const index_t stride = op.src_stride.w;
+    Row row = piece.row;
+    for (int r = 0; r < piece.rows;) {
+      Terms<acc> t = terms(row.o);
+      if (t.count == 0 || stride != 1) {  // a border of zeros, or pixels that must be gathered
+        const auto whole = [](const T* p) { return load<by_units>(p); };
+        for (index_t x = lo; x < hi; x += width)
+          store(r, x - lo, t.count ? sum_terms<0>(t, row.c, [&](index_t from) {
+            return pre.row(gathered(row.src + from + x * stride, stride, hi - x, whole), row.c);
+          }) : decltype(whole(row.src)){});
+        ++r, advance(row);
+        continue;
+      }
+      // Most rows have as many terms as the one before.
+      unrolled<is_tuned<acc>>(t.count, [&](auto m) INLINED {
+        const int count = t.count;
+        do {
+          const index_t end = row.roomy ? lo + round_up(hi - lo, width) : hi;
+          index_t x = lo;
+          for (; x + width <= end; x += width)
+            store(r, x - lo, sum_terms<m>(t, row.c, [&](index_t from) { return pre.row(load<by_units>(row.src + from + x), row.c); }));
+          if (x < end)
+            store(r, x - lo, sum_terms<m>(t, row.c, [&](index_t from) { return pre.row(load<by_units>(row.src + from + x, end - x), row.c); }));
+          advance(row);
+          if (++r == piece.rows) break;
+          t = terms(row.o);
+        } while (t.count == count);
+      });
+    }
+    return row;
   }
 
   void by_permutation(const Piece& piece, const Finder& terms, const Tables& tables) const {
     const Range at_hand = buffered<ADJOINT>(op.cols, piece.begin, piece.end);
     const index_t lo = at_hand.lo, hi = at_hand.hi, width = piece.end - piece.begin;
     const Columns<ADJOINT, acc>& columns = tables.columns;
-    Row row = piece.row;
-    for (int r = 0; r < piece.rows; ++r, advance(row)) {
-      acc* sums = piece.buffer + r * pitch;
-      sum<false>(row, terms, lo, hi, [&](index_t x, auto v) INLINED { V::store(sums + x, v); });
-    }
+    const Row row = sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED { V::store(piece.buffer + r * pitch + x, v); });
     // The last columns first, so that what a vector has in excess is still to be stored in the row below.
     for (index_t first_block = piece.begin / V::lanes, stop = (piece.end + V::lanes - 1) / V::lanes; stop > first_block;) {
       const index_t b = columns.fits ? max(columns.first(stop - 1), first_block) : stop - 1;
@@ -560,22 +568,19 @@ struct Planes {
     const auto place = [&](index_t t) INLINED { return (t - first) % s * phase_pitch + (t - first) / s; };
     const index_t even = place(lo), odd = place(lo + 1);
 
-    Row row = piece.row;
-    for (int r = 0; r < piece.rows; ++r, advance(row)) {
-      acc* phases = piece.buffer + r * pitch;
-      if (s == 1) {
-        sum<false>(row, terms, lo, hi, [&](index_t x, auto v) INLINED { V::store(phases + even + x, v); });
-      } else if (s == 2) {
-        sum<true>(row, terms, lo, hi, [&](index_t x, Unit<acc> u) INLINED {
-          const auto v = Lanes<T>::is_split ? u : split(u);
-          V::store(phases + even + x / 2, v.a), V::store(phases + odd + x / 2, v.b);
-        });
-      } else {
-        sum<false>(row, terms, lo, hi, [&](index_t x, auto v) INLINED {
-          for (int i = 0; i < V::lanes && x + i < hi - lo; ++i) phases[place(lo + x + i)] = v[i];
-        });
-      }
-    }
+    Row row;
+    if (s == 1)
+      row = sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED { V::store(piece.buffer + r * pitch + even + x, v); });
+    else if (s == 2)
+      row = sum_rows<true>(piece, terms, lo, hi, [&](int r, index_t x, Unit<acc> u) INLINED {
+        const auto v = Lanes<T>::is_split ? u : split(u);
+        acc* phases = piece.buffer + r * pitch + x / 2;
+        V::store(phases + even, v.a), V::store(phases + odd, v.b);
+      });
+    else
+      row = sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED {
+        for (int i = 0; i < V::lanes && x + i < hi - lo; ++i) piece.buffer[r * pitch + place(lo + x + i)] = v[i];
+      });
     const auto fill = [&](index_t t) INLINED {
       const index_t x = axis.source(t), to = place(t);
       const bool copied = x >= lo && x < hi;

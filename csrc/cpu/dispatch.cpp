@@ -15,13 +15,17 @@ struct Isa {
   bool (*supported)();
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c");
+}
+#endif
+
 const Isa isas[] = {
 #if defined(__x86_64__)
-    {{"avx512", avx512::blur_pool, avx512::taps_grad},
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("f16c");
-     }},
+    {{"avx512bf16", avx512bf16::blur_pool, avx512bf16::taps_grad}, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {{"avx512", avx512::blur_pool, avx512::taps_grad}, has_avx512},
     {{"avx2", avx2::blur_pool, avx2::taps_grad},
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
@@ -48,7 +52,7 @@ const CpuKernels& cpu_kernels() {
 
 const char* cpu_isas() {
 #if defined(__x86_64__)
-  return "avx512,avx2,baseline";
+  return "avx512bf16,avx512,avx2,baseline";
 #else
   return "baseline";
 #endif

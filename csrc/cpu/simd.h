@@ -230,6 +230,14 @@ struct Lanes<bfloat16> : HalfLanes<Lanes<bfloat16>, bfloat16> {
 
   INLINED static Unit<float> widen(Bits v) { return {(V::type)(v << 16), (V::type)(v & (int32_t)0xffff0000)}; }
   INLINED static V::type widen(HalfVector v) { return (V::type)(__builtin_convertvector(v, Unsigned) << 16); }
+#if defined(__AVX512BF16__)
+  INLINED static Bits narrow(Unit<float> u) {
+    // Natural order out of the conversion, so the split unit is joined first.
+    const Unit<float> n = interleave(u);
+    return (Bits)_mm512_cvtne2ps_pbh(n.b, n.a);
+  }
+  INLINED static HalfVector narrow(V::type v) { return (HalfVector)_mm512_cvtneps_pbh(v); }
+#else
   // Round to nearest even into the upper 16 bits of each lane; a nan stays one.
   INLINED static Unsigned round(V::type v) {
     const Unsigned u = (Unsigned)v;
@@ -237,6 +245,7 @@ struct Lanes<bfloat16> : HalfLanes<Lanes<bfloat16>, bfloat16> {
   }
   INLINED static Bits narrow(Unit<float> u) { return (Bits)((round(u.a) >> 16) | (round(u.b) & 0xffff0000)); }
   INLINED static HalfVector narrow(V::type v) { return __builtin_convertvector(round(v) >> 16, HalfVector); }
+#endif
 };
 
 template <>

@@ -13,7 +13,7 @@ namespace {
 enum class Kernel { any, element, nhwc, nchw_pair, nchw };
 constexpr const char* names[] = {"any", "element", "nhwc", "nchw_pair", "nchw"};
 
-constexpr int most_rows = 16;                 // of a strip; a strip begins by reading K - 2 rows that its neighbour reads too
+constexpr int most_rows = 16;                // of a strip; a strip begins by reading K - 2 rows that its neighbour reads too
 constexpr index_t enough_threads = 1 << 17;  // to fill a large GPU
 constexpr index_t int_limit = 0x7fffffff;
 
@@ -25,9 +25,7 @@ index_t dst_width(const BlurPool& op) { return op.adjoint ? op.cols.in : op.cols
 
 // The rows that a Walk counts: of y, and for the adjoint pairs of rows 2 i - before and its successor.
 int first_row(const BlurPool& op) { return op.adjoint ? static_cast<int>(op.rows.before / 2) : 0; }
-int end_row(const BlurPool& op) {
-  return static_cast<int>(op.adjoint ? (op.rows.in - 1 + op.rows.before) / 2 + 1 : op.rows.out);
-}
+int end_row(const BlurPool& op) { return static_cast<int>(op.adjoint ? (op.rows.in - 1 + op.rows.before) / 2 + 1 : op.rows.out); }
 
 // Whether packs of n elements, along the channels or along a row, lie aligned in one of the two maps.
 template <typename scalar_t>
@@ -101,8 +99,8 @@ struct Tuned {
     const index_t rows = (height + strips - 1) / strips;
     strips = (height + rows - 1) / rows;
     const auto narrow = [](index_t value) { return static_cast<uint32_t>(value); };
-    return {narrow(tile), narrow(columns), narrow(channels / tile), narrow(strips), narrow(across * strips),
-            first_row(op), end_row(op), static_cast<int>(rows)};
+    return {narrow(tile),  narrow(columns), narrow(channels / tile), narrow(strips), narrow(across * strips),
+            first_row(op), end_row(op),     static_cast<int>(rows)};
   }
 };
 
@@ -134,7 +132,8 @@ const char* with_dtype(Dtype dtype, Call&& call) {
 template <typename scalar_t, typename T>
 const char* run_any(const BlurPool& op, const T& taps, void* stream) {
   const index_t items = op.batch * op.channels * dst_height(op) * dst_width(op);
-  return launch(op.adjoint ? blur_any<scalar_t, true, T, Identity> : blur_any<scalar_t, false, T, Identity>, items, stream, op, taps, Identity{});
+  return launch(op.adjoint ? blur_any<scalar_t, true, T, Identity> : blur_any<scalar_t, false, T, Identity>, items, stream, op, taps,
+                Identity{});
 }
 
 // Taps as kernel arguments, of which there may be 32 KB.
@@ -173,9 +172,8 @@ const char* blur_pool_cuda(const BlurPool& op, void* stream) {
 
 const char* taps_grad_cuda(const TapsGrad& op, void* stream) {
   const index_t numbers = op.channels * (op.axis == 0 ? op.rows.taps : op.cols.taps);
-  return with_dtype(op.dtype, [&](auto zero) {
-    return launch(taps_grad<decltype(zero), Identity>, numbers * block_threads, stream, op, Identity{});
-  });
+  return with_dtype(
+      op.dtype, [&](auto zero) { return launch(taps_grad<decltype(zero), Identity>, numbers * block_threads, stream, op, Identity{}); });
 }
 
 const char* blur_pool_cuda_kernel(const BlurPool& op) {

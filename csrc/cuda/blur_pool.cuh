@@ -51,7 +51,8 @@ __device__ inline index_t split(index_t& index, index_t size) {
 
 // One source row filtered for column w. Not inlined: the adjoint would repeat it at every place where a border visits a row.
 template <bool ADJOINT, typename acc, typename scalar_t, typename Pre>
-__device__ __attribute__((noinline)) acc filtered(const Axis& cols, index_t w, const acc* taps, const scalar_t* row, index_t stride, index_t c, const Pre& pre) {
+__device__ __attribute__((noinline)) acc filtered(const Axis& cols, index_t w, const acc* taps, const scalar_t* row, index_t stride,
+                                                  index_t c, const Pre& pre) {
   acc line = 0;
   const auto add = [&](index_t col, int q) { line += taps[q] * pre(static_cast<acc>(row[col * stride]), c); };
   if constexpr (ADJOINT) cols.outputs_of(w, add);
@@ -60,7 +61,8 @@ __device__ __attribute__((noinline)) acc filtered(const Axis& cols, index_t w, c
 }
 
 template <typename scalar_t, bool ADJOINT, typename Taps, typename Pre>
-__global__ void __launch_bounds__(block_threads) blur_any(const __grid_constant__ BlurPool op, const __grid_constant__ Taps taps, const Pre pre) {
+__global__ void __launch_bounds__(block_threads)
+    blur_any(const __grid_constant__ BlurPool op, const __grid_constant__ Taps taps, const Pre pre) {
   using acc = acc_t<scalar_t>;
   const index_t height = ADJOINT ? op.rows.in : op.rows.out, width = ADJOINT ? op.cols.in : op.cols.out;
   const bool channels_last = op.dst_stride.c < op.dst_stride.w;
@@ -74,9 +76,7 @@ __global__ void __launch_bounds__(block_threads) blur_any(const __grid_constant_
   const scalar_t* src = static_cast<const scalar_t*>(op.src) + index * s.n + c * s.c;
   const acc *taps_h = taps.rows(c), *taps_w = taps.cols(c);
   acc sum = 0;
-  const auto add_row = [&](index_t row, int p) {
-    sum += taps_h[p] * filtered<ADJOINT>(op.cols, w, taps_w, src + row * s.h, s.w, c, pre);
-  };
+  const auto add_row = [&](index_t row, int p) { sum += taps_h[p] * filtered<ADJOINT>(op.cols, w, taps_w, src + row * s.h, s.w, c, pre); };
   if constexpr (ADJOINT) op.rows.outputs_of(h, add_row);
   else op.rows.inputs_of(h, add_row);
   static_cast<scalar_t*>(op.dst)[index * d.n + c * d.c + h * d.h + w * d.w] = static_cast<scalar_t>(sum);
@@ -200,9 +200,8 @@ __global__ void __launch_bounds__(block_threads) taps_grad(const __grid_constant
       const index_t from = axis.source((along_rows ? i : j) * axis.stride + p - axis.before);
       if (from < 0) continue;
       acc line = 0;
-      cross.inputs_of(along_rows ? j : i, [&](index_t at, int q) {
-        line += other[q] * pre(static_cast<acc>(x[from * step + at * cross_step]), c);
-      });
+      cross.inputs_of(along_rows ? j : i,
+                      [&](index_t at, int q) { line += other[q] * pre(static_cast<acc>(x[from * step + at * cross_step]), c); });
       sum += static_cast<acc>(dy[j * d.w]) * line;
     }
   }

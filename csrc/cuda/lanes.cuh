@@ -66,8 +66,8 @@ struct Taps {
 };
 
 // One axis of D^T as taps per position of x: position h is the sum over d of at(h)[d] times y[first(h) + d]. The K positions
-// at either end have rows of their own, into which their mirrored or repeated taps are folded. Where a position has fewer taps than there is
-// room for, the rest are 0 and still multiplied: an infinity in y may show as NaN one position further than its taps reach.
+// at either end have rows of their own, into which their mirrored or repeated taps are folded. Where a position has fewer taps than there
+// is room for, the rest are 0 and still multiplied: an infinity in y may show as NaN one position further than its taps reach.
 template <int K>
 struct Stencils {
   static constexpr int size = K / 2 + 1;
@@ -181,8 +181,7 @@ struct RowDown {
 #pragma unroll
     for (int i = 0; i < 2 * P; ++i) x[left + i] = pre(static_cast<float>(raw.middle.v[i]), c);
 #pragma unroll
-    for (int i = 0; i < halo; ++i)
-      x[i < left ? i : i + 2 * P] = side[i] < 0 ? 0 : pre(static_cast<float>(raw.side[i]), c);
+    for (int i = 0; i < halo; ++i) x[i < left ? i : i + 2 * P] = side[i] < 0 ? 0 : pre(static_cast<float>(raw.side[i]), c);
 #pragma unroll
     for (int v = 0; v < P; ++v) {
       out[v] = 0;
