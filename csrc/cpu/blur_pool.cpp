@@ -145,7 +145,7 @@ class AxisTerms {
 template <typename acc>
 constexpr bool is_tuned = vector_instructions && sizeof(acc) == 4;
 
-// f(N) with n as a compile-time number, 0 for any above 8 and where it is not worth it.
+// f(N) with n as a compile-time number, 0 for any above 9 and where it is not worth it.
 template <bool TUNED, typename F>
 INLINED inline void unrolled(int n, F&& f) {
   if constexpr (!TUNED) return f(std::integral_constant<int, 0>{});
@@ -158,6 +158,7 @@ INLINED inline void unrolled(int n, F&& f) {
     case 6: return f(std::integral_constant<int, 6>{});
     case 7: return f(std::integral_constant<int, 7>{});
     case 8: return f(std::integral_constant<int, 8>{});
+    case 9: return f(std::integral_constant<int, 9>{});
     default: return f(std::integral_constant<int, 0>{});
   }
 }
@@ -188,7 +189,7 @@ template <int M, typename W, typename Load>
 INLINED inline auto sum_terms(const Terms<W>& t, index_t c, Load&& load) {
   auto sum = weighted(load(t.offset[0]), t.weight[0], c);
   const int count = M ? M : t.count;
-#pragma GCC unroll 8
+#pragma GCC unroll 9
   for (int m = 1; m < count; ++m) add(sum, weighted(load(t.offset[m]), t.weight[m], c));
   return sum;
 }
@@ -273,17 +274,16 @@ struct Pattern {
 
   bool wide() const { return span >= V::lanes; }
 
-  // Results [o, o + lanes) of the axis.
-  template <bool ADJOINT>
-  void build(const Axis& axis, index_t o, const acc* taps) {
-    const int used = min(V::lanes, results<ADJOINT>(axis) - o);
-    index_t source[V::lanes][most_terms], lo = axis.in + axis.out, hi = 0;
+  // The first `used` lanes; sources_of_lane(i, visit) visits the source and the weight of every term of lane i.
+  template <typename SourcesOfLane>
+  void build(int used, SourcesOfLane&& sources_of_lane) {
+    index_t source[V::lanes][most_terms], lo = index_t(1) << 62, hi = 0;
     acc tap[V::lanes][most_terms];
     int count[V::lanes], largest = 0, smallest = most_terms;
     for (int i = 0; i < used; ++i) {
       int n = 0;
-      sources_of<ADJOINT>(axis, o + i, [&](index_t from, int p) INLINED {
-        if (n < most_terms) source[i][n] = from, tap[i][n] = taps[p];
+      sources_of_lane(i, [&](index_t from, acc w) INLINED {
+        if (n < most_terms) source[i][n] = from, tap[i][n] = w;
         ++n;
         lo = min(lo, from), hi = max(hi, from);
       });
@@ -316,7 +316,7 @@ struct Pattern {
         const auto low = V::load(p), high = WIDE ? V::load(p + V::lanes) : low;
         const auto permuted = [&](int m) INLINED { return WIDE ? __builtin_shuffle(low, high, l[m]) : __builtin_shuffle(low, l[m]); };
         auto sum = permuted(0) * w[0];
-#pragma GCC unroll 8
+#pragma GCC unroll 9
         for (int m = 1; m < count; ++m) sum += permuted(m) * w[m];
         store(r, b, sum);
       }
@@ -348,7 +348,9 @@ struct Columns {
     }
     fits = blocks - repeats() <= most_patterns;
     for (index_t b = 0; fits && b < blocks; b = b == interior_begin ? b + 1 + repeats() : b + 1)
-      pattern[slot(b)].template build<ADJOINT>(axis, b * V::lanes, taps);
+      pattern[slot(b)].build(min(V::lanes, results<ADJOINT>(axis) - b * V::lanes), [&](int i, auto&& visit) {
+        sources_of<ADJOINT>(axis, b * V::lanes + i, [&](index_t from, int p) { visit(from, taps[p]); });
+      });
   }
 
   // Interior blocks beyond the first.
@@ -370,7 +372,7 @@ INLINED inline void sum_phases(const acc* phases, index_t pitch, const acc* taps
   const int count = K ? K : k, s = S ? S : stride;
   for (index_t j = 0; j < n; j += 2 * V::lanes) {
     Unit<acc> sum = {V::load(phases + j) * taps[0], V::load(phases + j + V::lanes) * taps[0]};
-#pragma GCC unroll 8
+#pragma GCC unroll 9
     for (int q = 1; q < count; ++q) {
       const acc* p = phases + (q % s) * pitch + q / s + j;
       sum.a += V::load(p) * taps[q], sum.b += V::load(p + V::lanes) * taps[q];
@@ -610,6 +612,83 @@ struct Planes {
   }
 };
 
+// Small planes, adjoint: a vector of results may span rows, for all it reads of the source plane still lies in two
+// neighbouring vectors. So both axes are one permutation, and many planes share its pattern.
+template <typename T, typename Pre>
+struct SmallPlanes {
+  using acc = acc_t<T>;
+  using V = Vector<acc>;
+  static constexpr index_t most_patterns = 64, least_planes = 32;
+  static constexpr index_t results_goal = 16384 / sizeof(T);
+
+  const BlurPool& op;
+  Pre pre;
+  index_t from_plane = op.rows.out * op.cols.out, to_plane = op.rows.in * op.cols.in;
+  index_t patterns = (to_plane + V::lanes - 1) / V::lanes, pitch = round_up(from_plane, V::lanes) + V::lanes;
+  int group = max(1, min(32, results_goal / to_plane));
+
+  bool may_serve() const {
+    return is_tuned<acc> && !op.per_channel && patterns <= most_patterns && op.batch * op.channels >= least_planes;
+  }
+
+  // Whether every pattern fits.
+  bool build(Pattern<acc>* pattern) const {
+    AxisTerms<true, acc> all_rows(op.rows, op.cols.out), all_cols(op.cols, 1);
+    all_rows.set_taps(static_cast<const acc*>(op.taps_h)), all_cols.set_taps(static_cast<const acc*>(op.taps_w));
+    const typename AxisTerms<true, acc>::Finder rows(all_rows), cols(all_cols);
+    for (index_t b = 0; b < patterns; ++b) {
+      pattern[b].build(min(V::lanes, to_plane - b * V::lanes), [&](int i, auto&& visit) {
+        const Terms<acc> h = rows((b * V::lanes + i) / op.cols.in), w = cols((b * V::lanes + i) % op.cols.in);
+        for (int m = 0; m < h.count; ++m)
+          for (int n = 0; n < w.count; ++n) visit(h.offset[m] + w.offset[n], h.weight[m] * w.weight[n]);
+      });
+      if (!pattern[b].terms) return false;
+    }
+    return true;
+  }
+
+  void run(index_t begin, index_t end, const Pattern<acc>* pattern) const {
+    const Scratch<acc> buffer(group * pitch);
+    const Scratch<T> results(group * to_plane + Lanes<T>::unit);
+    const bool bypass = op.batch * op.channels * to_plane * index_t(sizeof(T)) > cached_bytes;
+    for (index_t plane = begin; plane < end; plane += group) {
+      const int planes = min(group, end - plane);
+      for (int r = 0; r < planes; ++r) widen_plane(plane + r, buffer.data + r * pitch);
+      const char* next = static_cast<const char*>(op.src) + (plane + planes) * op.src_stride.c * sizeof(T);
+      // The last vector first: what it has in excess is still to be stored in the next plane.
+      for (index_t b = patterns - 1; b >= 0; --b) {
+        const auto store = [&](int r, index_t, auto v) INLINED { Lanes<T>::store_vector(results.data + r * to_plane + b * V::lanes, v); };
+        const Ahead ahead = b == 0 ? Ahead{next, from_plane * index_t(sizeof(T))} : Ahead{nullptr, 0};
+        unrolled<is_tuned<acc>>(pattern[b].terms, [&](auto m) INLINED {
+          if (pattern[b].wide())
+            pattern[b].template apply<m, true>(buffer.data + pattern[b].base, 0, 1, pitch, planes, ahead, store);
+          else
+            pattern[b].template apply<m, false>(buffer.data + pattern[b].base, 0, 1, pitch, planes, ahead, store);
+        });
+      }
+      flush(static_cast<T*>(op.dst) + plane * to_plane, results.data, planes * to_plane, bypass);
+    }
+  }
+
+  // One source plane, row after row without a gap.
+  void widen_plane(index_t plane, acc* to) const {
+    const Strides& s = op.src_stride;
+    const index_t c = plane % op.channels;
+    const T* src = static_cast<const T*>(op.src) + plane / op.channels * s.n + c * s.c;
+    const bool dense = s.w == 1 && s.h == op.cols.out;
+    const index_t rows = dense ? 1 : op.rows.out, width = dense ? from_plane : op.cols.out;
+    for (index_t h = 0; h < rows; ++h)
+      for (index_t x = 0; x < width; x += V::lanes) {
+        const T* p = src + h * s.h + x * s.w;
+        const index_t n = width - x;
+        const auto v = s.w != 1        ? gathered(p, s.w, n, [](const T* copy) { return load<false>(copy); })
+                       : n >= V::lanes ? load<false>(p)
+                                       : load<false>(p, n);
+        V::store(to + h * op.cols.out + x, pre.row(v, c));
+      }
+  }
+};
+
 // Threads get pieces of at least this many pixels.
 constexpr index_t grain_pixels = 1 << 15;
 
@@ -617,6 +696,13 @@ template <typename T, bool ADJOINT, typename Pre>
 void blur_planes(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
   using P = Planes<T, ADJOINT, Pre>;
   const P planes{op, pre};
+  if constexpr (ADJOINT && is_tuned<acc_t<T>>) {
+    const SmallPlanes<T, Pre> small{op, pre};
+    const Scratch<Pattern<acc_t<T>>> patterns(small.may_serve() ? small.patterns : 0);
+    if (small.may_serve() && small.build(patterns.data))
+      return parallel(op.batch * op.channels, max(1, grain_pixels / small.to_plane),
+                      [&](index_t begin, index_t end) { small.run(begin, end, patterns.data); });
+  }
   typename P::Tables shared(op);
   if (!op.per_channel) shared.build(planes, 0);
   parallel(op.batch * op.channels * planes.out_rows, max(1, grain_pixels / max(op.cols.in, 1)), [&](index_t begin, index_t end) INLINED {
