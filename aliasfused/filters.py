@@ -123,7 +123,9 @@ def factor(kernel2d: torch.Tensor | Sequence[Sequence[float]]) -> tuple[Row, Row
         ValueError: not two-dimensional, not finite, or of rank above one: the largest residual exceeds
             ``4 * eps * max|kernel|``, eps that of the kernel's own dtype (float64 for sequences).
     """
-    kernel = torch.as_tensor(kernel2d) if isinstance(kernel2d, torch.Tensor) else torch.tensor(kernel2d, dtype=torch.float64)
+    kernel = (
+        torch.as_tensor(kernel2d) if isinstance(kernel2d, torch.Tensor) else torch.tensor(kernel2d, dtype=torch.float64)
+    )
     if kernel.dim() != 2 or kernel.numel() == 0:
         raise ValueError(f"kernel2d must be a non-empty (kh, kw) matrix, got shape {tuple(kernel.shape)}")
     eps = torch.finfo(kernel.dtype).eps if kernel.is_floating_point() else torch.finfo(torch.float64).eps
@@ -163,7 +165,9 @@ def frequency_response(taps: Sequence[float], w: float | Sequence[float] | torch
     return torch.exp(-1j * omega[..., None] * position) @ row
 
 
-def alias_fraction(taps: Sequence[float] | tuple[Sequence[float], Sequence[float]], stride: int | tuple[int, int] = 2) -> float:
+def alias_fraction(
+    taps: Sequence[float] | tuple[Sequence[float], Sequence[float]], stride: int | tuple[int, int] = 2
+) -> float:
     """The share of a white signal's filtered energy that lies above the new Nyquist frequency, hence aliases.
 
     1. energy below ``w_c = pi/stride``: ``E_c = 1/pi * int_0^{w_c} |H|^2 dw = sum_{p,q} t_p t_q sin(w_c (p-q)) / (pi (p-q))``;

@@ -11,12 +11,13 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
 import torch
 
 import aliasfused
+from aliasfused.ops._window import PadMode
 
 # Rows of whole 16-byte packs, of whole pairs, of neither; channels in whole packs or not.
 SHAPES = ((2, 8, 9, 16), (2, 8, 6, 14), (2, 3, 7, 7), (1, 5, 2, 1))
 FORMATS = (torch.contiguous_format, torch.channels_last)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MODES = ("reflect", "replicate", "zeros", "circular")
+MODES: tuple[PadMode, ...] = ("reflect", "replicate", "zeros", "circular")
 
 
 def main() -> None:

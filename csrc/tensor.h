@@ -42,11 +42,12 @@ inline bool is_channels_last(const Tensor& t) {
 
 // An uninitialised 4-D tensor of the dtype and device of `like`.
 inline Tensor empty_4d(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
+  // As torch does it: where there is nothing to address, contiguous strides count sizes of zero as one.
   const auto at_least_1 = [](int64_t size) { return size > 1 ? size : 1; };
   const std::array<int64_t, 4> sizes{n, c, h, w};
-  const int64_t c1 = at_least_1(c), h1 = at_least_1(h), w1 = at_least_1(w);
-  const std::array<int64_t, 4> strides =
-      channels_last ? std::array<int64_t, 4>{h1 * w1 * c1, 1, w1 * c1, c1} : std::array<int64_t, 4>{c1 * h1 * w1, h1 * w1, w1, 1};
+  const std::array<int64_t, 4> strides = channels_last ? std::array<int64_t, 4>{h * w * c, 1, w * c, c}
+                                                       : std::array<int64_t, 4>{at_least_1(c) * at_least_1(h) * at_least_1(w),
+                                                                                at_least_1(h) * at_least_1(w), at_least_1(w), 1};
   int32_t dtype, device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));

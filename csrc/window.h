@@ -30,14 +30,12 @@ HOST_DEVICE inline int_t extended_source(int_t t, int_t n, Border border) {
       const int_t period = 2 * (n - 1), m = t % period, u = m < 0 ? m + period : m;
       return u < n ? u : period - u;
     }
-    case Border::replicate:
-      return t < 0 ? 0 : n - 1;
+    case Border::replicate: return t < 0 ? 0 : n - 1;
     case Border::circular: {
       const int_t m = t % n;
       return m < 0 ? m + n : m;
     }
-    default:
-      return -1;
+    default: return -1;
   }
 }
 
@@ -97,11 +95,8 @@ struct Axis {
         if (h == in - 1)
           for (index_t t = in; t < last(); ++t) outputs_at(t, visit);
         break;
-      case Border::circular:
-        outside(in, h, visit);
-        break;
-      default:
-        break;
+      case Border::circular: outside(in, h, visit); break;
+      default: break;
     }
   }
 

@@ -114,6 +114,6 @@ def test_tuned_kernels_move_16_bytes_at_once(compiled):
     for name, text in wide.items():
         channels, adjoint = "8Channels" in name, "7blur_up" in name
         # Forward the large map is read, in the adjoint it is written; NHWC moves both in 16 bytes.
-        assert adjoint and not channels or "LDG.E.128" in text, name
-        assert not adjoint and not channels or "STG.E.128" in text, name
+        assert (adjoint and not channels) or "LDG.E.128" in text, name
+        assert (not adjoint and not channels) or "STG.E.128" in text, name
         assert "LDL" not in text and "STL" not in text, name

@@ -15,7 +15,7 @@ import torch
 from aliasfused.kernels import reference
 
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
-import build  # noqa: E402
+import build
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 TUNED_DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aliasfused import nn
 from agreement import assert_agree, bound, convolved, pascal, same
+from aliasfused import nn
 
 MODES = ["reflect", "replicate", "zeros", "circular"]
 

@@ -48,7 +48,9 @@ def _find(name: str, device: str) -> Backend:
 
 
 def _refusal(backend: Backend):
-    message = f"aliasfused: the {backend.name} backend cannot run on {backend.device}: {backend.reason}. {backend.remedy}"
+    message = (
+        f"aliasfused: the {backend.name} backend cannot run on {backend.device}: {backend.reason}. {backend.remedy}"
+    )
 
     def refuse(*args, **kwargs):
         raise RuntimeError(message)

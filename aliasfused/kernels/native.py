@@ -11,6 +11,8 @@ try:
     _ERROR = ""
 except ImportError as error:
     _INFO, _ERROR = {}, f"its shared object could not be loaded ({error})"
+    if "ALIASFUSED_CPU_ISA" in str(error):
+        _BUILD = "Unset the environment variable ALIASFUSED_CPU_ISA, or name an instruction set that this processor has"
 
 
 def status(device: str) -> tuple[str, str, str]:
@@ -19,5 +21,9 @@ def status(device: str) -> tuple[str, str, str]:
         return "", _ERROR, _BUILD
     detail = _INFO[device]
     if not detail:
-        return "", "this build has no CUDA kernels (nvcc was not found when it was built)", f"Install nvcc and build again. {_BUILD}"
+        return (
+            "",
+            "this build has no CUDA kernels (nvcc was not found when it was built)",
+            f"Install nvcc and build again. {_BUILD}",
+        )
     return detail, "", ""

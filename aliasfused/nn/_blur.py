@@ -13,7 +13,7 @@ from ..ops.blur_pool import apply, apply1d
 
 
 def check_int(name: str, value: object, least: int = 1) -> None:
-    if not is_int(value) or value < least:  # type: ignore[operator]
+    if not is_int(value) or value < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 
@@ -35,7 +35,7 @@ class Window(NamedTuple):
         return isinstance(self.taps_h, torch.Tensor) or isinstance(self.taps_w, torch.Tensor)
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -69,17 +69,19 @@ def _window2d(taps: Taps, stride: Stride, padding: Padding, pad_mode: str) -> Wi
 _cached_window2d = functools.lru_cache(maxsize=256, typed=True)(_window2d)
 
 
-def window1d(taps: int | Row | torch.Tensor, stride: int, padding: int | tuple[int, int] | None, pad_mode: str) -> Window:
+def window1d(
+    taps: int | Row | torch.Tensor, stride: int, padding: int | tuple[int, int] | None, pad_mode: str
+) -> Window:
     """Check the arguments of a 1-D blur, which is a 2-D blur of one row."""
     if not (is_int(stride) and stride >= 1):
         raise ValueError(f"stride must be an int >= 1, got {stride!r}")
-    taps = row("taps", taps)  # type: ignore[assignment]
+    taps = row("taps", taps)
     if padding is None:
-        padding = same_padding(length(taps))  # type: ignore[arg-type]
+        padding = same_padding(length(taps))
     sides = (padding, padding) if is_int(padding) else padding
     if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(is_int(p) and p >= 0 for p in sides)):
         raise ValueError(f"padding must be None, an int >= 0 or a pair of them (left, right), got {padding!r}")
-    return _window2d(((1.0,), taps), (1, stride), (*sides, 0, 0), pad_mode)  # type: ignore[arg-type]
+    return _window2d(((1.0,), taps), (1, stride), (*sides, 0, 0), pad_mode)
 
 
 def row(name: str, taps: object) -> tuple[float, ...] | torch.Tensor:
@@ -91,9 +93,9 @@ def row(name: str, taps: object) -> tuple[float, ...] | torch.Tensor:
             raise TypeError(f"{name} as a tensor must be of a floating dtype, got {taps.dtype}")
         return taps
     if is_int(taps):
-        if taps < 1:  # type: ignore[operator]
+        if taps < 1:
             raise ValueError(f"{name} as an int counts the taps of a binomial and must be >= 1, got {taps}")
-        return filters.binomial(taps)  # type: ignore[arg-type]
+        return filters.binomial(taps)
     if isinstance(taps, Sequence) and not isinstance(taps, (str, bytes)):
         # Compared, not math.isfinite: torch.compile makes floats of a list symbolic, and traces comparisons only.
         if not taps or not all(isinstance(t, float) and -math.inf < t < math.inf for t in taps):
@@ -113,7 +115,7 @@ def _padding2d(padding: Padding, kh: int, kw: int) -> tuple[int, int, int, int]:
     if padding is None:
         return (*same_padding(kw), *same_padding(kh))
     if is_int(padding):
-        sides: tuple = (padding,) * 4
+        sides: tuple[Any, ...] = (padding,) * 4
     elif isinstance(padding, (tuple, list)) and len(padding) == 2:
         sides = (padding[1], padding[1], padding[0], padding[0])
     else:
@@ -123,7 +125,7 @@ def _padding2d(padding: Padding, kh: int, kw: int) -> tuple[int, int, int, int]:
             "padding must be None, an int >= 0, a pair (h, w) or four of them (left, right, top, bottom), "
             f"got {padding!r}"
         )
-    return sides  # type: ignore[return-value]
+    return sides
 
 
 def check_input(x: torch.Tensor, window: Window, dims: int = 2) -> torch.Tensor:
@@ -131,7 +133,9 @@ def check_input(x: torch.Tensor, window: Window, dims: int = 2) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() - dims not in (1, 2):
-        raise ValueError(f"x must have shape {'(N, C, H, W) or (C, H, W)' if dims == 2 else '(N, C, L) or (C, L)'}, got {tuple(x.shape)}")
+        raise ValueError(
+            f"x must have shape {'(N, C, H, W) or (C, H, W)' if dims == 2 else '(N, C, L) or (C, L)'}, got {tuple(x.shape)}"
+        )
     if x.dtype not in DTYPES:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.layout is not torch.strided:
@@ -169,5 +173,7 @@ def _channel_rows(name: str, taps: tuple[float, ...] | torch.Tensor, x: torch.Te
     if taps.device != x.device:
         raise ValueError(f"{name} must be on the device of x ({x.device}), got {taps.device}")
     if taps.dim() == 2 and taps.shape[0] not in (1, channels):
-        raise ValueError(f"{name} must have one row or one per channel of x ({channels}), got shape {tuple(taps.shape)}")
+        raise ValueError(
+            f"{name} must have one row or one per channel of x ({channels}), got shape {tuple(taps.shape)}"
+        )
     return taps.to(dtype).expand(channels, taps.shape[-1])

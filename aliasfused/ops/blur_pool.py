@@ -11,8 +11,6 @@ Source: Zhang, Making Convolutional Networks Shift-Invariant Again, 2019.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..kernels import reference
@@ -141,6 +139,7 @@ def _apply4d(x: torch.Tensor, window: Window) -> torch.Tensor:
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return reference.unfused_taps(x, *rows, *window[2:])  # type: ignore[arg-type]
     return _learned_down(x, *rows, *window[2:])
+
 
 def blur_pool2d(
     x: torch.Tensor,

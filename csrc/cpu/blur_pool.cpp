@@ -45,10 +45,8 @@ index_t results(const Axis& axis) {
 // visit(source, tap) for everything that result o of an axis is a sum of.
 template <bool ADJOINT, typename Visit>
 INLINED inline void sources_of(const Axis& axis, index_t o, Visit&& visit) {
-  if constexpr (ADJOINT)
-    axis.outputs_of(o, visit);
-  else
-    axis.inputs_of(o, visit);
+  if constexpr (ADJOINT) axis.outputs_of(o, visit);
+  else axis.inputs_of(o, visit);
 }
 
 // No result of an axis is a sum of more terms than this.
@@ -57,12 +55,9 @@ index_t most_terms(const Axis& axis) {
   if (!ADJOINT) return axis.taps;
   const index_t before = max(-axis.first(), 0), after = max(axis.last() - axis.in, 0), per_position = axis.taps / axis.stride + 1;
   switch (axis.border) {
-    case Border::zeros:
-      return per_position;
-    case Border::replicate:
-      return (1 + before + after) * per_position;
-    default:
-      return (3 + 2 * ((before + after) / max(axis.in - 1, 1) + 1)) * per_position;
+    case Border::zeros: return per_position;
+    case Border::replicate: return (1 + before + after) * per_position;
+    default: return (3 + 2 * ((before + after) / max(axis.in - 1, 1) + 1)) * per_position;
   }
 }
 
@@ -100,8 +95,12 @@ template <bool ADJOINT, typename W>
 class AxisTerms {
  public:
   AxisTerms(const Axis& axis, index_t spacing)
-      : axis_(axis), spacing_(spacing), most_(most_terms<ADJOINT>(axis)), tabled_(results<ADJOINT>(axis) * most_ <= 1 << 18),
-        start_(tabled_ ? results<ADJOINT>(axis) + 1 : 0), offset_(tabled_ ? results<ADJOINT>(axis) * most_ : 0),
+      : axis_(axis),
+        spacing_(spacing),
+        most_(most_terms<ADJOINT>(axis)),
+        tabled_(results<ADJOINT>(axis) * most_ <= 1 << 18),
+        start_(tabled_ ? results<ADJOINT>(axis) + 1 : 0),
+        offset_(tabled_ ? results<ADJOINT>(axis) * most_ : 0),
         weight_(tabled_ ? results<ADJOINT>(axis) * most_ : 0) {}
 
   void set_taps(const W* taps) {
@@ -118,7 +117,8 @@ class AxisTerms {
     const AxisTerms& all;
     Scratch<index_t> offset;
     Scratch<W> weight;
-    explicit Finder(const AxisTerms& terms) : all(terms), offset(terms.tabled_ ? 0 : terms.most_), weight(terms.tabled_ ? 0 : terms.most_) {}
+    explicit Finder(const AxisTerms& terms)
+        : all(terms), offset(terms.tabled_ ? 0 : terms.most_), weight(terms.tabled_ ? 0 : terms.most_) {}
     Terms<W> operator()(index_t o) const {
       if (!all.tabled_) return {offset.data, weight.data, all.find(o, offset.data, weight.data)};
       const index_t start = all.start_.data[o];
@@ -207,17 +207,13 @@ INLINED inline auto gathered(const T* p, index_t stride, index_t n, Load&& load)
 // Whole or partial vectors in natural order, or units in the order of T.
 template <bool by_units, typename T>
 INLINED inline auto load(const T* p) {
-  if constexpr (by_units)
-    return Lanes<T>::load(p);
-  else
-    return Lanes<T>::load_vector(p);
+  if constexpr (by_units) return Lanes<T>::load(p);
+  else return Lanes<T>::load_vector(p);
 }
 template <bool by_units, typename T>
 INLINED inline auto load(const T* p, int n) {
-  if constexpr (by_units)
-    return Lanes<T>::load(p, n);
-  else
-    return Lanes<T>::load_vector(p, n);
+  if constexpr (by_units) return Lanes<T>::load(p, n);
+  else return Lanes<T>::load_vector(p, n);
 }
 
 // The sum of source rows at one column.
@@ -395,8 +391,9 @@ struct Planes {
   index_t out_rows = results<ADJOINT>(op.rows), out_cols = results<ADJOINT>(op.cols);
   bool permute = ADJOINT || (op.cols.in <= 2 * V::lanes && op.cols.out <= 2 * V::lanes);
   index_t phase_pitch = min(out_cols, most_cols) + op.cols.taps / op.cols.stride + 2 * unit;
-  index_t pitch = permute ? round_up(ADJOINT ? min(op.cols.out, buffered_by(op.cols, min(out_cols, most_cols))) : op.cols.in, V::lanes) + V::lanes
-                          : phase_pitch * op.cols.stride;
+  index_t pitch =
+      permute ? round_up(ADJOINT ? min(op.cols.out, buffered_by(op.cols, min(out_cols, most_cols))) : op.cols.in, V::lanes) + V::lanes
+              : phase_pitch * op.cols.stride;
   // Rows of one pass: enough to spread the cost of its set-up.
   int strip = max(1, min(most_rows, buffer_goal / pitch));
 
@@ -430,11 +427,11 @@ struct Planes {
     enter(r);
     return r;
   }
-  INLINED void advance(Row& r) const {
-    if (++r.o < out_rows) return;
-    r.o = 0;
-    if (++r.c == op.channels) r.c = 0, ++r.n;
-    enter(r);
+  INLINED void advance(Row& r, index_t by = 1) const {
+    for (r.o += by; r.o >= out_rows; enter(r)) {
+      r.o -= out_rows;
+      if (++r.c == op.channels) r.c = 0, ++r.n;
+    }
   }
 
   using Finder = typename AxisTerms<ADJOINT, acc>::Finder;
@@ -460,14 +457,11 @@ struct Planes {
       const int rows = min(min(strip, end - item), op.per_channel ? out_rows - row.o : strip);
       for (index_t j = 0; j < out_cols; j += most_cols) {
         const Piece piece{row, rows, j, min(j + most_cols, out_cols), buffer.data, results.data};
-        if (permute)
-          by_permutation(piece, terms, tables);
-        else if constexpr (!ADJOINT)
-          by_phase(piece, terms, tables.taps_w);
+        if (permute) by_permutation(piece, terms, tables);
+        else if constexpr (!ADJOINT) by_phase(piece, terms, tables.taps_w);
         T* dst = static_cast<T*>(op.dst) + item * out_cols + j;
         const index_t width = piece.end - j;
-        if (width == out_cols)
-          flush(dst, results.data, rows * width, bypass);
+        if (width == out_cols) flush(dst, results.data, rows * width, bypass);
         else
           for (int r = 0; r < rows; ++r) flush(dst + r * out_cols, results.data + r * width, width, bypass);
       }
@@ -476,8 +470,10 @@ struct Planes {
     }
   }
 
-  // What the rows from `row` on will read first.
-  Ahead ahead_of(const Row& row, const Finder& terms) const {
+  // What the rows after a piece will read first.
+  Ahead ahead_of(const Piece& piece, const Finder& terms) const {
+    Row row = piece.row;
+    advance(row, piece.rows);
     if (row.n == op.batch || op.src_stride.w != 1) return {nullptr, 0};
     const Terms<acc> t = terms(row.o);
     const index_t newest = t.count ? max(t.offset[0], t.offset[t.count - 1]) : 0;
@@ -486,47 +482,53 @@ struct Planes {
   }
 
   // The first step: sums of source rows over columns [lo, hi) for every row of a piece, as vectors in natural order or as
-  // units in T's order: store(row of the piece, column - lo, sum). Returns the row that follows.
+  // units in T's order: store(row of the piece, column - lo, sum).
   template <bool by_units, typename Store>
-  INLINED Row sum_rows(const Piece& piece, const Finder& terms, index_t lo, index_t hi, Store&& store) const {
+  INLINED void sum_rows(const Piece& piece, const Finder& terms, index_t lo, index_t hi, Store&& store) const {
     constexpr int width = by_units ? unit : V::lanes;
     const index_t stride = op.src_stride.w;
-    Row row = piece.row;
-    for (int r = 0; r < piece.rows;) {
-      Terms<acc> t = terms(row.o);
-      if (t.count == 0 || stride != 1) {  // a border of zeros, or pixels that must be gathered
-        const auto whole = [](const T* p) { return load<by_units>(p); };
-        for (index_t x = lo; x < hi; x += width)
-          store(r, x - lo, t.count ? sum_terms<0>(t, row.c, [&](index_t from) {
-            return pre.row(gathered(row.src + from + x * stride, stride, hi - x, whole), row.c);
-          }) : decltype(whole(row.src)){});
-        ++r, advance(row);
-        continue;
+    // Rows a stride of the adjoint apart meet the same taps, so one of them mostly has as many terms as the one before.
+    const int step = ADJOINT ? op.rows.stride : 1;
+    for (int first = 0; first < min(step, piece.rows); ++first) {
+      Row row = piece.row;
+      advance(row, first);
+      for (int r = first; r < piece.rows;) {
+        Terms<acc> t = terms(row.o);
+        if (t.count == 0 || stride != 1) {  // a border of zeros, or pixels that must be gathered
+          const auto whole = [](const T* p) { return load<by_units>(p); };
+          for (index_t x = lo; x < hi; x += width)
+            store(r, x - lo,
+                  t.count ? sum_terms<0>(
+                                t, row.c,
+                                [&](index_t from) { return pre.row(gathered(row.src + from + x * stride, stride, hi - x, whole), row.c); })
+                          : decltype(whole(row.src)){});
+          r += step, advance(row, step);
+          continue;
+        }
+        unrolled<is_tuned<acc>>(t.count, [&](auto m) INLINED {
+          const int count = t.count;
+          do {
+            const index_t end = row.roomy ? lo + round_up(hi - lo, width) : hi;
+            index_t x = lo;
+            for (; x + width <= end; x += width)
+              store(r, x - lo, sum_terms<m>(t, row.c, [&](index_t from) { return pre.row(load<by_units>(row.src + from + x), row.c); }));
+            if (x < end)
+              store(r, x - lo,
+                    sum_terms<m>(t, row.c, [&](index_t from) { return pre.row(load<by_units>(row.src + from + x, end - x), row.c); }));
+            r += step, advance(row, step);
+            if (r >= piece.rows) break;
+            t = terms(row.o);
+          } while (t.count == count);
+        });
       }
-      // Most rows have as many terms as the one before.
-      unrolled<is_tuned<acc>>(t.count, [&](auto m) INLINED {
-        const int count = t.count;
-        do {
-          const index_t end = row.roomy ? lo + round_up(hi - lo, width) : hi;
-          index_t x = lo;
-          for (; x + width <= end; x += width)
-            store(r, x - lo, sum_terms<m>(t, row.c, [&](index_t from) { return pre.row(load<by_units>(row.src + from + x), row.c); }));
-          if (x < end)
-            store(r, x - lo, sum_terms<m>(t, row.c, [&](index_t from) { return pre.row(load<by_units>(row.src + from + x, end - x), row.c); }));
-          advance(row);
-          if (++r == piece.rows) break;
-          t = terms(row.o);
-        } while (t.count == count);
-      });
     }
-    return row;
   }
 
   void by_permutation(const Piece& piece, const Finder& terms, const Tables& tables) const {
     const Range at_hand = buffered<ADJOINT>(op.cols, piece.begin, piece.end);
     const index_t lo = at_hand.lo, hi = at_hand.hi, width = piece.end - piece.begin;
     const Columns<ADJOINT, acc>& columns = tables.columns;
-    const Row row = sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED { V::store(piece.buffer + r * pitch + x, v); });
+    sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED { V::store(piece.buffer + r * pitch + x, v); });
     // The last columns first, so that what a vector has in excess is still to be stored in the row below.
     for (index_t first_block = piece.begin / V::lanes, stop = (piece.end + V::lanes - 1) / V::lanes; stop > first_block;) {
       const index_t b = columns.fits ? max(columns.first(stop - 1), first_block) : stop - 1;
@@ -535,12 +537,10 @@ struct Planes {
       const Pattern<acc>& pattern = columns.pattern[columns.fits ? columns.slot(b) : 0];
       if (columns.fits && pattern.terms && columns.base(b) >= lo && columns.base(stop - 1) + pattern.span < hi) {
         const acc* from = piece.buffer + columns.base(b) - lo;
-        const Ahead ahead = stop - b > 1 || columns.repeats() == 0 ? ahead_of(row, terms) : Ahead{nullptr, 0};
+        const Ahead ahead = stop - b > 1 || columns.repeats() == 0 ? ahead_of(piece, terms) : Ahead{nullptr, 0};
         unrolled<is_tuned<acc>>(pattern.terms, [&](auto m) INLINED {
-          if (pattern.wide())
-            pattern.template apply<m, true>(from, columns.step, stop - b, pitch, piece.rows, ahead, store);
-          else
-            pattern.template apply<m, false>(from, columns.step, stop - b, pitch, piece.rows, ahead, store);
+          if (pattern.wide()) pattern.template apply<m, true>(from, columns.step, stop - b, pitch, piece.rows, ahead, store);
+          else pattern.template apply<m, false>(from, columns.step, stop - b, pitch, piece.rows, ahead, store);
         });
       } else {
         Row here = piece.row;
@@ -552,7 +552,8 @@ struct Planes {
     }
   }
 
-  typename V::type lane_by_lane(const Row& row, const Finder& terms, const acc* taps, index_t o, const acc* sums, index_t lo, index_t hi) const {
+  typename V::type lane_by_lane(const Row& row, const Finder& terms, const acc* taps, index_t o, const acc* sums, index_t lo,
+                                index_t hi) const {
     typename V::type v{};
     for (int i = 0; i < V::lanes && o + i < out_cols; ++i)
       sources_of<ADJOINT>(op.cols, o + i, [&](index_t x, int q) INLINED {
@@ -570,17 +571,16 @@ struct Planes {
     const auto place = [&](index_t t) INLINED { return (t - first) % s * phase_pitch + (t - first) / s; };
     const index_t even = place(lo), odd = place(lo + 1);
 
-    Row row;
     if (s == 1)
-      row = sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED { V::store(piece.buffer + r * pitch + even + x, v); });
+      sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED { V::store(piece.buffer + r * pitch + even + x, v); });
     else if (s == 2)
-      row = sum_rows<true>(piece, terms, lo, hi, [&](int r, index_t x, Unit<acc> u) INLINED {
+      sum_rows<true>(piece, terms, lo, hi, [&](int r, index_t x, Unit<acc> u) INLINED {
         const auto v = Lanes<T>::is_split ? u : split(u);
         acc* phases = piece.buffer + r * pitch + x / 2;
         V::store(phases + even, v.a), V::store(phases + odd, v.b);
       });
     else
-      row = sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED {
+      sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED {
         for (int i = 0; i < V::lanes && x + i < hi - lo; ++i) piece.buffer[r * pitch + place(lo + x + i)] = v[i];
       });
     const auto fill = [&](index_t t) INLINED {
@@ -596,7 +596,7 @@ struct Planes {
     for (index_t t = first; t < min(lo, last); ++t) fill(t);
     for (index_t t = max(hi, first); t < last; ++t) fill(t);
 
-    Ahead ahead = ahead_of(row, terms);
+    Ahead ahead = ahead_of(piece, terms);
     const auto columns = [&](auto taps_count, auto stride) INLINED {
       for (int r = 0; r < piece.rows; ++r) {
         ahead();
@@ -605,10 +605,8 @@ struct Planes {
         });
       }
     };
-    if (s == 2)
-      unrolled<is_tuned<acc>>(k, [&](auto taps_count) INLINED { columns(taps_count, std::integral_constant<int, 2>{}); });
-    else
-      columns(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
+    if (s == 2) unrolled<is_tuned<acc>>(k, [&](auto taps_count) INLINED { columns(taps_count, std::integral_constant<int, 2>{}); });
+    else columns(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
   }
 };
 
@@ -627,9 +625,7 @@ struct SmallPlanes {
   index_t patterns = (to_plane + V::lanes - 1) / V::lanes, pitch = round_up(from_plane, V::lanes) + V::lanes;
   int group = max(1, min(32, results_goal / to_plane));
 
-  bool may_serve() const {
-    return is_tuned<acc> && !op.per_channel && patterns <= most_patterns && op.batch * op.channels >= least_planes;
-  }
+  bool may_serve() const { return is_tuned<acc> && !op.per_channel && patterns <= most_patterns && op.batch * op.channels >= least_planes; }
 
   // Whether every pattern fits.
   bool build(Pattern<acc>* pattern) const {
@@ -660,10 +656,8 @@ struct SmallPlanes {
         const auto store = [&](int r, index_t, auto v) INLINED { Lanes<T>::store_vector(results.data + r * to_plane + b * V::lanes, v); };
         const Ahead ahead = b == 0 ? Ahead{next, from_plane * index_t(sizeof(T))} : Ahead{nullptr, 0};
         unrolled<is_tuned<acc>>(pattern[b].terms, [&](auto m) INLINED {
-          if (pattern[b].wide())
-            pattern[b].template apply<m, true>(buffer.data + pattern[b].base, 0, 1, pitch, planes, ahead, store);
-          else
-            pattern[b].template apply<m, false>(buffer.data + pattern[b].base, 0, 1, pitch, planes, ahead, store);
+          if (pattern[b].wide()) pattern[b].template apply<m, true>(buffer.data + pattern[b].base, 0, 1, pitch, planes, ahead, store);
+          else pattern[b].template apply<m, false>(buffer.data + pattern[b].base, 0, 1, pitch, planes, ahead, store);
         });
       }
       flush(static_cast<T*>(op.dst) + plane * to_plane, results.data, planes * to_plane, bypass);
@@ -730,8 +724,8 @@ struct Pixels {
   index_t some_cols = max(op.cols.stride, ADJOINT ? buffer_goal / some_channels * op.cols.stride - op.cols.taps
                                                   : (buffer_goal / some_channels - op.cols.taps) / op.cols.stride);
   index_t pitch = some_channels;
-  bool bypass = op.batch * op.channels * out_rows * out_cols * index_t(sizeof(T)) > cached_bytes &&
-                op.channels * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(op.dst) % 64 == 0;
+  bool bypass = op.batch * op.channels * out_rows * out_cols * index_t(sizeof(T)) > cached_bytes&& op.channels * sizeof(T) % 64 == 0 &&
+                reinterpret_cast<uintptr_t>(op.dst) % 64 == 0;
 
   index_t buffer_cols() const {
     const index_t n = min(some_cols, out_cols);
@@ -778,7 +772,9 @@ struct Pixels {
       for (int m = 0; m < terms.count; ++m) all_at_hand &= terms.offset[m] >= lo && terms.offset[m] < hi;
       if (all_at_hand) {
         unrolled<is_tuned<W>>(terms.count, [&](auto m) INLINED {
-          const auto sum = [&](index_t u) INLINED { return sum_terms<m>(terms, c + u, [&](index_t x) INLINED { return Lanes<acc>::load(buffer + x - lo + u); }); };
+          const auto sum = [&](index_t u) INLINED {
+            return sum_terms<m>(terms, c + u, [&](index_t x) INLINED { return Lanes<acc>::load(buffer + x - lo + u); });
+          };
           index_t u = 0;
           for (; u + unit <= channels; u += unit) {
             ahead();
@@ -819,11 +815,13 @@ struct Pixels {
         const auto at = [&](index_t u, auto&& load) INLINED {
           const index_t channel = c + (is_run ? u % channels : u);
           const T* p = src + (lo + x) * next + u * stride;
-          Lanes<acc>::store(buffer + x * pitch + u, sum_terms<m>(rows, channel, [&](index_t row) INLINED { return pre.pixel(load(p + row), channel); }));
+          Lanes<acc>::store(buffer + x * pitch + u,
+                            sum_terms<m>(rows, channel, [&](index_t row) INLINED { return pre.pixel(load(p + row), channel); }));
         };
         if (stride != 1) {
           for (index_t u = 0; u < length; u += unit)
-            at(u, [&](const T* p) INLINED { return gathered(p, stride, length - u, [](const T* copy) INLINED { return Lanes<T>::load(copy); }); });
+            at(u, [&](const T* p)
+                      INLINED { return gathered(p, stride, length - u, [](const T* copy) INLINED { return Lanes<T>::load(copy); }); });
           continue;
         }
         index_t u = 0;
@@ -846,8 +844,7 @@ struct ChannelTaps {
       acc* row = values.data + p * pitch;
       rows.data[p] = row;
       for (index_t c = 0; c < pitch; ++c) row[c] = c < channels ? static_cast<const acc*>(taps)[c * k + p] : acc(0);
-      for (index_t c = 0; c < pitch; c += Lanes<T>::unit)
-        Lanes<acc>::store(row + c, from_natural<T>(Lanes<acc>::load(row + c)));
+      for (index_t c = 0; c < pitch; c += Lanes<T>::unit) Lanes<acc>::store(row + c, from_natural<T>(Lanes<acc>::load(row + c)));
     }
   }
 };
@@ -875,10 +872,8 @@ template <typename T>
 void blur_pool_of(const BlurPool& op, const Parallel& parallel) {
   const bool pixels = op.dst_stride.c == 1 && (op.dst_stride.w != 1 || (op.adjoint ? op.cols.in : op.cols.out) == 1);
   const Identity pre;
-  if (op.adjoint)
-    pixels ? blur_pixels<T, true>(op, parallel, pre) : blur_planes<T, true>(op, parallel, pre);
-  else
-    pixels ? blur_pixels<T, false>(op, parallel, pre) : blur_planes<T, false>(op, parallel, pre);
+  if (op.adjoint) pixels ? blur_pixels<T, true>(op, parallel, pre) : blur_planes<T, true>(op, parallel, pre);
+  else pixels ? blur_pixels<T, false>(op, parallel, pre) : blur_planes<T, false>(op, parallel, pre);
 }
 
 // ---- gradient of the taps ----
@@ -889,9 +884,8 @@ void taps_grad_of(const TapsGrad& op, const Parallel& parallel) {
   using acc = acc_t<T>;
   const int kh = op.rows.taps, kw = op.cols.taps;
   const Axis &own = op.axis == 0 ? op.rows : op.cols, &cross = op.axis == 0 ? op.cols : op.rows;
-  const auto offset = [&](const Strides& s, index_t along_own, index_t along_cross) INLINED {
-    return op.axis == 0 ? along_own * s.h + along_cross * s.w : along_own * s.w + along_cross * s.h;
-  };
+  const auto offset = [&](const Strides& s, index_t along_own, index_t along_cross)
+                          INLINED { return op.axis == 0 ? along_own * s.h + along_cross * s.w : along_own * s.w + along_cross * s.h; };
   const index_t work = max(op.batch * op.rows.out * op.cols.out * (kh + kw), 1);
   parallel(op.channels, max(1, grain_pixels / work), [&](index_t begin, index_t end) INLINED {
     Scratch<double> sum(own.taps), dy_spread(cross.in);

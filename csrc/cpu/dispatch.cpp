@@ -36,7 +36,8 @@ const CpuKernels& choose() {
   const char* wanted = std::getenv("ALIASFUSED_CPU_ISA");
   for (const Isa& isa : isas)
     if (isa.supported() && (!wanted || std::string(wanted) == isa.kernels.name)) return isa.kernels;
-  STD_TORCH_CHECK(false, "aliasfused: ALIASFUSED_CPU_ISA must name an instruction set of this processor out of ", cpu_isas(), ", got '", wanted, "'");
+  STD_TORCH_CHECK(false, "aliasfused: ALIASFUSED_CPU_ISA must name an instruction set of this processor out of ", cpu_isas(), ", got '",
+                  wanted, "'");
 }
 
 void run_on_torch_threads(index_t items, index_t grain, void (*body)(index_t, index_t, const void*), const void* context) {

@@ -11,15 +11,14 @@ struct Parallel {
 
   template <typename Body>
   HOST_DEVICE void operator()(index_t items, index_t grain, const Body& body) const {
-    run(items, grain, [](index_t begin, index_t end, const void* context) { (*static_cast<const Body*>(context))(begin, end); },
-        &body);
+    run(items, grain, [](index_t begin, index_t end, const void* context) { (*static_cast<const Body*>(context))(begin, end); }, &body);
   }
 };
 
-#define ALIASFUSED_CPU_KERNELS(isa)                        \
-  namespace isa {                                          \
-  void blur_pool(const BlurPool&, const Parallel&);        \
-  void taps_grad(const TapsGrad&, const Parallel&);        \
+#define ALIASFUSED_CPU_KERNELS(isa)                 \
+  namespace isa {                                   \
+  void blur_pool(const BlurPool&, const Parallel&); \
+  void taps_grad(const TapsGrad&, const Parallel&); \
   }
 
 ALIASFUSED_CPU_KERNELS(baseline)

@@ -29,19 +29,31 @@ void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
 PYBIND11_MODULE(emulated, m) {
   m.def("blur_pool", [](int dtype, bool adjoint, index_t batch, index_t channels, std::array<index_t, 6> rows, std::array<index_t, 6> cols,
-                        uintptr_t src, uintptr_t dst, std::array<index_t, 4> src_stride, std::array<index_t, 4> dst_stride, uintptr_t taps_h,
-                        uintptr_t taps_w, bool per_channel) {
-    const BlurPool op{static_cast<Dtype>(dtype), adjoint, batch, channels, axis_of(rows), axis_of(cols), at(src), at(dst),
-                      strides_of(src_stride), strides_of(dst_stride), at(taps_h), at(taps_w), per_channel};
+                        uintptr_t src, uintptr_t dst, std::array<index_t, 4> src_stride, std::array<index_t, 4> dst_stride,
+                        uintptr_t taps_h, uintptr_t taps_w, bool per_channel) {
+    const BlurPool op{static_cast<Dtype>(dtype),
+                      adjoint,
+                      batch,
+                      channels,
+                      axis_of(rows),
+                      axis_of(cols),
+                      at(src),
+                      at(dst),
+                      strides_of(src_stride),
+                      strides_of(dst_stride),
+                      at(taps_h),
+                      at(taps_w),
+                      per_channel};
     check(blur_pool_cuda(op, nullptr));
     return blur_pool_cuda_kernel(op);
   });
-  m.def("taps_grad", [](int dtype, index_t batch, index_t channels, std::array<index_t, 6> rows, std::array<index_t, 6> cols, int axis,
-                        uintptr_t dy, uintptr_t x, std::array<index_t, 4> dy_stride, std::array<index_t, 4> x_stride, uintptr_t other,
-                        uintptr_t dst) {
-    check(taps_grad_cuda({static_cast<Dtype>(dtype), batch, channels, axis_of(rows), axis_of(cols), axis, at(dy), at(x),
-                          strides_of(dy_stride), strides_of(x_stride), at(other), at(dst)}, nullptr));
-  });
+  m.def("taps_grad",
+        [](int dtype, index_t batch, index_t channels, std::array<index_t, 6> rows, std::array<index_t, 6> cols, int axis, uintptr_t dy,
+           uintptr_t x, std::array<index_t, 4> dy_stride, std::array<index_t, 4> x_stride, uintptr_t other, uintptr_t dst) {
+          check(taps_grad_cuda({static_cast<Dtype>(dtype), batch, channels, axis_of(rows), axis_of(cols), axis, at(dy), at(x),
+                                strides_of(dy_stride), strides_of(x_stride), at(other), at(dst)},
+                               nullptr));
+        });
   m.def("to_half", [](float v) { return static_cast<float>(__half(v)); });
   m.def("to_bfloat16", [](float v) { return static_cast<float>(__nv_bfloat16(v)); });
 }

@@ -55,8 +55,8 @@ void run(Dtype dtype, index_t c, index_t h, index_t w, int k, int stride, Border
       const index_t sh = adjoint ? rows.out : h, sw = adjoint ? cols.out : w, dh = adjoint ? h : rows.out, dw = adjoint ? w : cols.out;
       Buffer<scalar_t> src(elements(sh, sw), 1), dst(elements(dh, dw), NAN);
       const acc* used = per_channel ? channel_taps.data : taps.data;
-      const BlurPool op{dtype, adjoint, n, c, rows, cols, src.data, dst.data, layout(channels_last, c, sh, sw),
-                        layout(channels_last, c, dh, dw), used, used, per_channel};
+      const Strides from = layout(channels_last, c, sh, sw), to = layout(channels_last, c, dh, dw);
+      const BlurPool op{dtype, adjoint, n, c, rows, cols, src.data, dst.data, from, to, used, used, per_channel};
       if (blur_pool_cuda(op, nullptr)) std::abort();
       dst.expect_written(blur_pool_cuda_kernel(op));
       ++cases;
@@ -66,8 +66,8 @@ void run(Dtype dtype, index_t c, index_t h, index_t w, int k, int stride, Border
   for (const int axis : {0, 1}) {
     Buffer<scalar_t> x(elements(h, w), 1), dy(elements(rows.out, cols.out), 1);
     Buffer<acc> dst(c * k, NAN);
-    const TapsGrad op{dtype, n, c, rows, cols, axis, dy.data, x.data, layout(channels_last, c, rows.out, cols.out),
-                      layout(channels_last, c, h, w), channel_taps.data, dst.data};
+    const Strides dy_stride = layout(channels_last, c, rows.out, cols.out), x_stride = layout(channels_last, c, h, w);
+    const TapsGrad op{dtype, n, c, rows, cols, axis, dy.data, x.data, dy_stride, x_stride, channel_taps.data, dst.data};
     if (taps_grad_cuda(op, nullptr)) std::abort();
     dst.expect_written("taps_grad");
     ++cases;

@@ -38,7 +38,12 @@ def fresh_cache(tmp_path_factory):
 def cuobjdump() -> str:
     """Triton's own, else the CUDA toolkit's."""
     wheels = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")
-    folders = [Path(triton.__file__).parent / "backends/nvidia/bin", *wheels, "/usr/local/cuda/bin", *os.get_exec_path()]
+    folders = [
+        Path(triton.__file__).parent / "backends/nvidia/bin",
+        *wheels,
+        "/usr/local/cuda/bin",
+        *os.get_exec_path(),
+    ]
     found = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
     assert found, "no cuobjdump beside triton, in the nvidia wheels, in /usr/local/cuda/bin or on the PATH"
     return found
@@ -68,7 +73,9 @@ def plan(
     """The kernel and arguments of a launch, from tensors without memory."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     out = [-(-n // s) for n, s in zip(shape[2:], stride, strict=True)]
-    x, y = (torch.empty(s, dtype=dtype, device="meta", memory_format=memory_format) for s in (shape, (*shape[:2], *out)))
+    x, y = (
+        torch.empty(s, dtype=dtype, device="meta", memory_format=memory_format) for s in (shape, (*shape[:2], *out))
+    )
     taps = torch.empty(shape[1], k, device="meta") if learned else filters.binomial(k)
     src, dst = (y, x) if adjoint else (x, y)
     padding = [(k - 1) // 2, k // 2] * 2
@@ -148,7 +155,9 @@ def test_gather(adjoint, learned):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_taps_grad(axis, monkeypatch):
     launched = []
-    monkeypatch.setattr(ours, "launch", lambda device, threads, kernel, programs, arguments: launched.append((kernel, arguments)))
+    monkeypatch.setattr(
+        ours, "launch", lambda device, threads, kernel, programs, arguments: launched.append((kernel, arguments))
+    )
     x, dy = torch.empty(8, 64, 56, 56, device="meta"), torch.empty(8, 64, 28, 28, device="meta")
     ours.blur_pool_taps_grad(dy, x, torch.empty(64, 4, device="meta"), axis, 3, (2, 2), [1, 1, 1, 2], "reflect")
     compiled(*launched[0])

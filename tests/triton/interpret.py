@@ -55,7 +55,10 @@ def impulses(height: int, width: int) -> torch.Tensor:
 def assert_close(actual: torch.Tensor, x: torch.Tensor, taps: tuple, truth) -> None:
     """Terms * eps * sum |tap| * max |x|, and the last place of the output: the interpreter cuts bfloat16 where a GPU rounds."""
     expected = truth(x.double())
-    a, b = (torch.as_tensor(t, dtype=torch.float64).reshape(-1, len(t) if isinstance(t, list) else t.shape[-1]) for t in taps)
+    a, b = (
+        torch.as_tensor(t, dtype=torch.float64).reshape(-1, len(t) if isinstance(t, list) else t.shape[-1])
+        for t in taps
+    )
     weight = (a.abs().sum(-1) * b.abs().sum(-1)).max() * (x.double().abs().max() if x.numel() else 0)
     acc = torch.float64 if x.dtype is torch.float64 else torch.float32
     # Each axis' sum has at most k terms, or with the images of a pixel at either border three times as many.
@@ -189,7 +192,9 @@ def test_several_programs(channels_last, monkeypatch, launched):
 
 
 @pytest.mark.parametrize("border", BORDERS)
-@pytest.mark.parametrize(("channels_last", "stride"), [(False, (2, 2)), (True, (1, 3))], ids=["nchw-unrolled", "nhwc-looped"])
+@pytest.mark.parametrize(
+    ("channels_last", "stride"), [(False, (2, 2)), (True, (1, 3))], ids=["nchw-unrolled", "nhwc-looped"]
+)
 def test_taps_per_channel(border, channels_last, stride):
     """Both directions and both gradients, with taps whose rows are not contiguous."""
     x = torch.randn(2, 3, 7, 5, dtype=torch.float64)
@@ -200,10 +205,14 @@ def test_taps_per_channel(border, channels_last, stride):
     assert_close(y, x, (a, b), lambda x: reference.blur_pool_taps_fwd(x, a, b, *args))
     dy = torch.randn_like(y)
     rest = (*args, 7, 5, channels_last)
-    assert_close(ours.blur_pool_taps_bwd(dy, a, b, *rest), dy, (a, b), lambda dy: reference.blur_pool_taps_bwd(dy, a, b, *rest))
+    assert_close(
+        ours.blur_pool_taps_bwd(dy, a, b, *rest), dy, (a, b), lambda dy: reference.blur_pool_taps_bwd(dy, a, b, *rest)
+    )
     for other, axis, size in ((b, 0, 3), (a, 1, 4)):
         grad = ours.blur_pool_taps_grad(dy, x, other, axis, size, *args)
-        torch.testing.assert_close(grad, reference.blur_pool_taps_grad(dy, x, other, axis, size, *args), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            grad, reference.blur_pool_taps_grad(dy, x, other, axis, size, *args), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_shared_taps_and_gradient_in_several_shares(monkeypatch):

@@ -67,7 +67,9 @@ def patch(
     SRC_W: tl.constexpr = OUT_W if ADJOINT else IN_W
     FIRST_H: tl.constexpr = first_output(K_H, STRIDE_H, TOP, BORDER) if ADJOINT else -TOP
     FIRST_W: tl.constexpr = first_output(K_W, STRIDE_W, LEFT, BORDER) if ADJOINT else -LEFT
-    END_W: tl.constexpr = end_output(IN_W - 1, K_W, STRIDE_W, LEFT, RIGHT, BORDER) if ADJOINT else IN_W - STRIDE_W + K_W - LEFT
+    END_W: tl.constexpr = (
+        end_output(IN_W - 1, K_W, STRIDE_W, LEFT, RIGHT, BORDER) if ADJOINT else IN_W - STRIDE_W + K_W - LEFT
+    )
     rows = ()
     for m in tl.static_range(DST_H):
         # The rows of src that row m of the patch needs and the rows above it did not, each filtered along W.
@@ -87,7 +89,9 @@ def patch(
             for e in tl.static_range(DST_W):
                 if ADJOINT:
                     w = group * IN_W + e
-                    row = row + adjoint_sum(pixels, taps_w, w, dst_width, e, STRIDE_W, LEFT, RIGHT, BORDER, IN_W, EXACT_W)
+                    row = row + adjoint_sum(
+                        pixels, taps_w, w, dst_width, e, STRIDE_W, LEFT, RIGHT, BORDER, IN_W, EXACT_W
+                    )
                 else:
                     row = row + blur_sum(pixels, taps_w, STRIDE_W * e)
             rows = rows + (row,)
@@ -187,7 +191,11 @@ def plan(adjoint, src, dst, taps_h, taps_w, stride, padding, border, channels_la
     kernel, programs, arguments = _plan(
         adjoint, Operand.of(src), Operand.of(dst), *rows, tuple(stride), tuple(padding), border, channels_last, THREADS
     )
-    return kernel, programs, arguments | dict(src=src, dst=dst, a=None if fixed else taps_h, b=None if fixed else taps_w)
+    return (
+        kernel,
+        programs,
+        arguments | dict(src=src, dst=dst, a=None if fixed else taps_h, b=None if fixed else taps_w),
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -200,7 +208,9 @@ def _plan(adjoint, src, dst, taps_h, taps_w, stride, padding, border, channels_l
     dim = 1 if channels_last else 3
     x_align, y_align = x.alignment(dim), y.alignment(dim)
     if rows.unrolls(border, adjoint) and cols.unrolls(border, adjoint):
-        out_h, out_w = next(size for longest, size in PATCH[adjoint, "C" if channels_last else "W"] if max(k) <= longest)
+        out_h, out_w = next(
+            size for longest, size in PATCH[adjoint, "C" if channels_last else "W"] if max(k) <= longest
+        )
         if not channels_last:
             out_w, x_align, y_align = span(cols, x_align, y_align)
         in_h, in_w = out_h * rows.stride, out_w * cols.stride

@@ -96,7 +96,9 @@ def accumulator(dtype: torch.dtype) -> Any:
 
 def empty(like: torch.Tensor, height: int, width: int, channels_last: bool) -> torch.Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((*like.shape[:2], height, width), dtype=like.dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(
+        (*like.shape[:2], height, width), dtype=like.dtype, device=like.device, memory_format=memory_format
+    )
 
 
 def options(threads: int) -> dict[str, Any]:

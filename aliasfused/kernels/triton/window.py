@@ -165,7 +165,8 @@ def adjoint_sum(
             for e in tl.static_range(len(totals)):
                 product = weight * values[d - FIRST][e]
                 if not is_tap(M + BEFORE - STRIDE * d, K):
-                    product = tl.where(weight != 0, product, 0.0)  # not even an infinite value is read where there is no image
+                    # Not even an infinite value is read where there is no image.
+                    product = tl.where(weight != 0, product, 0.0)
                 sums = sums + (totals[e] + product,)
             totals = sums
     return totals

@@ -1,0 +1,122 @@
+"""Run by test_native_cpu.py in a process of its own for each instruction set: all that vectors can get wrong.
+
+Tensors lie against pages that must not be touched, before and behind in turn, so that one element read or written too many
+ends the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import sys
+
+import torch
+
+import aliasfused
+import tolerances
+from cases import BORDERS, DTYPES, random, row
+from truth import Blur
+
+OPS = torch.ops.aliasfused
+PAGE = mmap.PAGESIZE
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def fenced(values: torch.Tensor, channels_last: bool, at_end: bool) -> torch.Tensor:
+    """The values in memory that begins, or ends, at a page that cannot be read."""
+    size = values.numel() * values.element_size()
+    pages = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, pages + 2 * PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guard in (address, address + PAGE + pages):
+        if LIBC.mprotect(guard, PAGE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = PAGE + (pages - size if at_end else 0)
+    flat = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset)
+    n, c, h, w = values.shape
+    view = flat.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else flat.view(n, c, h, w)
+    return view.copy_(values)
+
+
+def sweep() -> int:
+    """Widths on both sides of every vector's length, each tuned filter, each border, both layouts, both directions."""
+    checked = 0
+    for w in (1, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 130):
+        for k, s in ((2, 2), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2), (3, 1), (5, 3), (12, 2)):
+            dtype = DTYPES[checked % 4] if w > 17 else None
+            border = BORDERS[(checked // 4) % 4]
+            for d in [dtype] if dtype else DTYPES:
+                both(5, w, k, s, border, d, at_end=bool(checked % 2), channels_last=False, channels=2)
+                both(3, 6, k, s, border, d, at_end=bool(checked % 2), channels_last=True, channels=w)
+                checked += 1
+    for size, k, dtype in itertools.product(((6, 7), (5, 9), (13, 13)), (3, 4, 5), DTYPES):  # planes that share vectors
+        both(*size, k, 2, BORDERS[checked % 4], dtype, at_end=bool(checked % 2), channels_last=False, channels=37)
+        checked += 1
+    return checked
+
+
+def both(h, w, k, s, border, dtype, at_end, channels_last, channels) -> None:
+    kind = tolerances.accumulator(dtype)
+    rows = row(k).to(kind), row(k, 1).to(kind)
+    args = ((s, s), ((k - 1) // 2, k // 2) * 2, border)
+    blur = Blur((h, w), *rows, *args)
+    numbers = [r.tolist() for r in rows]
+    x = fenced(random(2, channels, h, w, dtype=dtype), channels_last, at_end)
+    truth = blur.forward(x)
+    y = OPS.blur_pool_fwd(x, *numbers, *args)
+    what = f"h {h}, w {w}, k {k}, s {s}, {border}, {dtype}, channels {channels}, channels_last {channels_last}"
+    tolerances.assert_within(y, truth, tolerances.forward(blur, x, truth), what)
+    per_channel = [r.expand(channels, -1).contiguous() for r in rows]
+    y = OPS.blur_pool_taps_fwd(x, *per_channel, *args)
+    tolerances.assert_within(y, truth, tolerances.forward(blur, x, truth), f"{what}, taps per channel")
+    dy = fenced(random(2, channels, *blur.out, dtype=dtype, seed=1), channels_last, at_end)
+    truth = blur.adjoint(dy)
+    limit = tolerances.adjoint(blur, dy, truth)
+    dx = OPS.blur_pool_bwd(dy, *numbers, *args, h, w, channels_last)
+    tolerances.assert_within(dx, truth, limit, f"adjoint, {what}")
+    dx = OPS.blur_pool_taps_bwd(dy, *per_channel, *args, h, w, channels_last)
+    tolerances.assert_within(dx, truth, limit, f"adjoint, {what}, taps per channel")
+    for axis in (0, 1):
+        truth = blur.taps_gradient(dy, x, axis)
+        grad = OPS.blur_pool_taps_grad(dy, x, per_channel[1 - axis], axis, k, *args)
+        tolerances.assert_within(
+            grad, truth, tolerances.taps_gradient(blur, dy, x, axis, truth), f"taps {axis}, {what}"
+        )
+
+
+def conversions() -> None:
+    """Every value of the short dtypes unharmed by a blur of one tap, and every tie of two neighbours rounded to even."""
+    for dtype in (torch.bfloat16, torch.float16):
+        # The processor's own conversion to bfloat16 writes zero for what is below the normal numbers.
+        least = torch.finfo(dtype).tiny if sys.argv[1] == "avx512bf16" and dtype is torch.bfloat16 else 0.0
+        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = every.view(1, 32, 32, 64).contiguous(memory_format=layout)
+            same(aliasfused.blur_pool2d(x, 1, 1), x.where(~(x.double().abs() < least), 0), f"{dtype}: one tap")
+            # Neighbours a unit in the last place apart: their mean lies half-way, and is exact in the accumulator.
+            halves = (x.double()[..., :-1] + x.double()[..., 1:]) * 0.5
+            y = aliasfused.blur_pool2d(x, (1, [0.5, 0.5]), 1, padding=0)
+            same(y, halves.float().to(dtype).where(~(halves.abs() < least), 0), f"{dtype}: ties")
+    # What does not fit is infinite, and what fits just so is not.
+    x = torch.full((1, 1, 4, 40), 65504.0, dtype=torch.float16)
+    assert torch.equal(aliasfused.blur_pool2d(x, 4), torch.full((1, 1, 2, 20), 65504.0, dtype=torch.float16))
+    assert aliasfused.blur_pool2d(x, (1, [0.5, 0.502])).isinf().all()
+
+
+def same(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    wrong = ~((y == expected) | (y.isnan() & expected.isnan()))
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} values differ; the first is {y[at]!r}, expected {expected[at]!r}"
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    detail = next(b.detail for b in aliasfused.backends() if (b.name, b.device) == ("native", "cpu"))
+    assert detail.partition(" of ")[0] == sys.argv[1], detail
+    conversions()
+    print(f"{sys.argv[1]}: {sweep()} geometries, every value of the short dtypes")

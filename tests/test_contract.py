@@ -1,0 +1,170 @@
+"""The contract of the raw ops, the same for every backend, on ``--device``: see aliasfused/ops and csrc/blur_pool.h.
+
+Each row of cases.py is run in every dtype, with numbers for taps and with taps per channel. Layouts take turns, two a row
+and dtype, so that over the dtypes every row is seen in every layout, and over the rows every dtype.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import aliasfused
+import tolerances
+from cases import CASES, DTYPES, LAYOUTS, Case, laid_out, random, row
+from truth import Blur
+
+OPS = torch.ops.aliasfused
+NAMES = ("native", "triton", "reference")
+
+
+def status(name: str, device: str) -> aliasfused.kernels.Backend:
+    return next(b for b in aliasfused.backends() if (b.name, b.device) == (name, device))
+
+
+def cells() -> list:
+    """(case, dtype, layout, taps, channels_last): the first layout with taps that are numbers, the second per channel."""
+    names = list(LAYOUTS)
+    rows = []
+    for i, case in enumerate(CASES):
+        for d, dtype in enumerate(DTYPES):
+            for per_channel, skip in enumerate((0, 3)):
+                layout = names[(i + d + skip) % len(names)]
+                values = (case, dtype, layout, bool(per_channel), (i + d // 2 + per_channel) % 2 == 0)
+                rows.append(pytest.param(*values, id=f"{str(dtype)[6:]}-{layout}-{case}"))
+    return rows
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        device = metafunc.config.getoption("device")
+        metafunc.parametrize("backend", [name for name in NAMES if status(name, device).available])
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize(("case", "dtype", "layout", "per_channel", "channels_last"), cells())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backend_serves_the_device(name, device):
+    """Where one does not, no test below runs it: this is the line that says so."""
+    row = status(name, device)
+    if not row.available:
+        pytest.skip(f"backend {name} on {device}: {row.reason}")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def taps_of(case: Case, dtype: torch.dtype, per_channel: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the kernels take them: in the accumulation dtype, (k,) or (C, k)."""
+    dtype = tolerances.accumulator(dtype)
+    if per_channel:
+        return tuple(random(case.channels, k, seed=i).div(k**0.5).to(dtype) for i, k in enumerate(case.taps))
+    return tuple(row(k, seed).to(dtype) for seed, k in enumerate(case.taps))
+
+
+def on(device: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.to(device) for t in tensors]
+
+
+def ulps_of(backend: str, device: str, dtype: torch.dtype) -> float:
+    """A half, but for Triton's interpreter, which cuts float32 to bfloat16 where a GPU rounds."""
+    return 1.0 if backend == "triton" and device == "cpu" and dtype is torch.bfloat16 else 0.5
+
+
+def checked(backend: str, op, *args) -> torch.Tensor:
+    """The op's result, after what holds for every op: strides as its fake says, inputs unharmed, the same bits again."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    before = [t.clone() for t in tensors]
+    fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+    waiting = iter(fakes)
+    fake = op(*(next(waiting) if isinstance(a, torch.Tensor) else a for a in args))
+    results = []
+    with aliasfused.use_backend(backend):
+        for threads in (1, 1, 2) if backend == "native" else (1, 1):
+            torch.set_num_threads(threads)
+            # What an allocator hands out next is most likely what it was given back last: now that is poison.
+            torch.full_like(fake, torch.nan, device=tensors[0].device)
+            results.append(op(*args))
+    y = results[0]
+    assert (y.shape, y.stride(), y.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    assert y.device == tensors[0].device
+    for t, b in zip(tensors, before, strict=True):
+        assert torch.equal(t, b), "an input was changed"
+    for again in results[1:]:
+        assert torch.equal(again, y), "the same call gave other bits"
+    return y
+
+
+def test_forward(backend, case, dtype, layout, per_channel, channels_last, device):
+    x = laid_out(random(*case.shape, dtype=dtype), layout, device)
+    rows = taps_of(case, dtype, per_channel)
+    args = (case.stride, case.sides, case.pad_mode)
+    if per_channel:
+        y = checked(backend, OPS.blur_pool_taps_fwd, x, *on(device, *rows), *args)
+    else:
+        y = checked(backend, OPS.blur_pool_fwd, x, *(r.tolist() for r in rows), *args)
+    blur = Blur(case.size, *rows, *args)
+    assert y.shape == (*case.shape[:2], *case.out)
+    x = x.cpu()
+    truth = blur.forward(x)
+    tolerances.assert_within(y, truth, tolerances.forward(blur, x, truth, ulps_of(backend, device, dtype)), case.reason)
+
+
+def test_adjoint(backend, case, dtype, layout, per_channel, channels_last, device):
+    """dy in every layout, and dx in the format that the call names, whatever dy looks like."""
+    dy = laid_out(random(*case.shape[:2], *case.out, dtype=dtype, seed=1), layout, device)
+    rows = taps_of(case, dtype, per_channel)
+    args = (case.stride, case.sides, case.pad_mode)
+    grid = (*case.size, channels_last)
+    if per_channel:
+        dx = checked(backend, OPS.blur_pool_taps_bwd, dy, *on(device, *rows), *args, *grid)
+    else:
+        dx = checked(backend, OPS.blur_pool_bwd, dy, *(r.tolist() for r in rows), *args, *grid)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    assert dx.shape == case.shape
+    assert dx.is_contiguous(memory_format=memory_format)
+    blur = Blur(case.size, *rows, *args)
+    dy = dy.cpu()
+    truth = blur.adjoint(dy)
+    tolerances.assert_within(
+        dx, truth, tolerances.adjoint(blur, dy, truth, ulps_of(backend, device, dtype)), case.reason
+    )
+
+
+def test_gradient_of_the_taps(backend, case, dtype, layout, per_channel, channels_last, device):
+    """Along each axis in turn; x in the layout of the row, dy in the one after it."""
+    names, axis = list(LAYOUTS), int(per_channel)
+    x = laid_out(random(*case.shape, dtype=dtype), layout, device)
+    values = random(*case.shape[:2], *case.out, dtype=dtype, seed=1)
+    dy = laid_out(values, names[(names.index(layout) + 1) % len(names)], device)
+    rows = taps_of(case, dtype, True)
+    args = (case.stride, case.sides, case.pad_mode)
+    other = rows[1 - axis].to(device)
+    grad = checked(backend, OPS.blur_pool_taps_grad, dy, x, other, axis, case.taps[axis], *args)
+    blur = Blur(case.size, *rows, *args)
+    dy, x = dy.cpu(), x.cpu()
+    truth = blur.taps_gradient(dy, x, axis)
+    tolerances.assert_within(grad, truth, tolerances.taps_gradient(blur, dy, x, axis, truth), case.reason)
+
+
+def test_taps_of_any_strides(backend, device):
+    """Rows that are a transposed matrix, every other column of one, or one row shown for every channel."""
+    x = random(2, 3, 6, 7, dtype=torch.float32).to(device)
+    args = ((2, 2), (1, 2, 1, 1), "reflect")
+    a, b = random(3, 3, dtype=torch.float32).mT, random(3, 8, dtype=torch.float32)[:, ::2]
+    for rows in ((a, b), (a[:1].expand(3, 3), b[:1].expand(3, 4))):
+        blur = Blur((6, 7), *rows, *args)
+        truth = blur.forward(x.cpu())
+        with aliasfused.use_backend(backend):
+            y = OPS.blur_pool_taps_fwd(x, *(r.to(device) for r in rows), *args)
+        tolerances.assert_within(y, truth, tolerances.forward(blur, x.cpu(), truth))
+
+
+def test_every_row_has_a_reason_and_a_name_of_its_own():
+    assert all(case.reason for case in CASES)
+    assert len({str(case) for case in CASES}) == len(CASES)

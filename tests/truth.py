@@ -1,0 +1,78 @@
+"""The truth tests compare against: every axis as a dense float64 matrix, its borders by padding the indices with numpy.
+
+Nothing here is shared with the library: the border is numpy's, the adjoint is a transpose.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "zeros": "constant", "circular": "wrap"}
+
+
+@functools.lru_cache(maxsize=64)
+def sources(n: int, before: int, after: int, k: int, stride: int, pad_mode: str) -> torch.Tensor:
+    """(k, outputs): one more than the index of the pixel that this tap of this output reads, 0 where that is a zero."""
+    shown = np.pad(np.arange(1, n + 1), (before, after), mode=NUMPY_MODES[pad_mode])
+    return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(shown, k)[::stride].T.copy())
+
+
+def matrix(taps: torch.Tensor, reads: torch.Tensor, n: int) -> torch.Tensor:
+    """(outputs, n) from taps (k,), (C, outputs, n) from taps (C, k)."""
+    k, outputs = reads.shape
+    whole = torch.zeros(*taps.shape[:-1], outputs, n + 1, dtype=torch.float64)
+    for p in range(k):
+        whole[..., torch.arange(outputs), reads[p]] += taps[..., p, None]
+    return whole[..., 1:]
+
+
+class Blur:
+    """One blur of (N, C, H, W) in float64: forward, adjoint, gradient of the taps."""
+
+    def __init__(self, size, taps_h, taps_w, stride, padding, pad_mode: str) -> None:
+        left, right, top, bottom = padding
+        self.size = tuple(size)
+        self.taps = tuple(torch.as_tensor(row).double() for row in (taps_h, taps_w))
+        self.reads = tuple(
+            sources(n, *sides, row.shape[-1], s, pad_mode)
+            for n, sides, row, s in zip(size, ((top, bottom), (left, right)), self.taps, stride, strict=True)
+        )
+
+    @functools.cached_property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(matrix(*axis) for axis in zip(self.taps, self.reads, self.size, strict=True))
+
+    @property
+    def out(self) -> tuple[int, int]:
+        return tuple(r.shape[1] for r in self.reads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.matrices
+        return a @ x.double() @ b.mT
+
+    def adjoint(self, dy: torch.Tensor) -> torch.Tensor:
+        a, b = self.matrices
+        return a.mT @ dy.double() @ b
+
+    def taps_gradient(self, dy: torch.Tensor, x: torch.Tensor, axis: int) -> torch.Tensor:
+        """(C, k): what one more unit of each tap along ``axis`` adds to <dy, y>."""
+        a, b = self.matrices
+        x = x.double() @ b.mT if axis == 0 else a @ x.double()
+        dim = axis - 2
+        x = torch.cat([torch.zeros_like(x.narrow(dim, 0, 1)), x], dim)
+        return torch.stack([(dy.double() * x.index_select(dim, r)).sum((0, 2, 3)) for r in self.reads[axis]], -1)
+
+    def absolute(self) -> Blur:
+        """The same blur with the taps' absolute values: of |x|, it gives what roundings are proportional to."""
+        other = object.__new__(Blur)
+        other.size, other.taps, other.reads = self.size, tuple(row.abs() for row in self.taps), self.reads
+        return other
+
+    def terms(self, adjoint: bool) -> int:
+        """The most products that any result is a sum of, along one axis and then along the other."""
+        if adjoint:
+            return sum(int(torch.bincount(r.flatten(), minlength=2)[1:].max()) for r in self.reads)
+        return sum(r.shape[0] for r in self.reads)
