@@ -38,8 +38,8 @@ SITES = (
     *(Site("antialiased_resnet50", c, s) for c, s in ((64, 111), (256, 56), (512, 28), (1024, 14))),
     *(Site("vgg", c, s) for c, s in ((64, 223), (128, 111), (256, 55), (512, 27), (512, 13))),
 )
-# A dozen for a first look: 512@28 moves as many bytes as 1024@14 through rows twice as long, and is left out.
-QUICK_SITES = tuple(site for site in SITES if (site.channels, site.size) != (512, 28))
+# A first look: the sites of antialiased-cnns' ResNet differ from these by a pixel or by the number of channels.
+QUICK_SITES = tuple(site for site in SITES if site.network != "antialiased_resnet50")
 # The quick run compiles at one site only, every dtype and layout: that takes seconds where a measurement takes tenths.
 QUICK_COMPILED = ("64@112",)
 

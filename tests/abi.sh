@@ -3,13 +3,13 @@
 #
 #   tests/abi.sh [VERSION...]      default: 2.11.0 newest
 #
-# PIP_INDEX_URL or --index-url in PIP_ARGS say where torch comes from; the default is PyTorch's index of CPU builds.
+# PIP_INDEX_URL, or --index-url in PIP_ARGS, says where torch comes from; name an index of CPU builds where those will do.
 # ABI_VENVS names the folder that keeps the environments (default: .venvs), PYTHON the interpreter they are made with.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 venvs=${ABI_VENVS:-$root/.venvs}
-index=${PIP_ARGS:-${PIP_INDEX_URL:+ }}
-index=${index:---index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple}
+
+
 object=$root/aliasfused/_C.abi3.so
 [[ -f $object ]] || { echo "there is no $object: build it with: pip install --no-build-isolation -e ." >&2; exit 1; }
 sum=$(sha256sum "$object" | cut -c1-16)
@@ -25,7 +25,7 @@ for version in "${@:-2.11.0 newest}"; do
     [[ $one == newest ]] && torch=torch upgrade=--upgrade || torch=torch==$one upgrade=
     [[ -x $environment/bin/python ]] || "${PYTHON:-python3}" -m venv "$environment"
     # shellcheck disable=SC2086
-    "$environment/bin/pip" install --quiet $upgrade $index "$torch" numpy pytest
+    "$environment/bin/pip" install --quiet $upgrade ${PIP_ARGS:-} "$torch" numpy pytest
     cd "$place"
     "$environment/bin/python" - "$sum" <<'PYTHON'
 import sys, torch, aliasfused

@@ -45,6 +45,6 @@ def status(device: str) -> tuple[str, str, str]:
         remedy = "Set TRITON_INTERPRET=1 before the first import of triton"
         return detail, "Triton runs on CPU tensors in its interpreter only", remedy
     if device == "cuda" and torch.version.cuda is None:
-        remedy = "Install a CUDA build of torch: https://pytorch.org/get-started"
+        remedy = "Install a CUDA build of torch"
         return detail, f"this torch ({torch.__version__}) was built without CUDA", remedy
     return detail, "", ""
