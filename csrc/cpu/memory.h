@@ -1,0 +1,79 @@
+// How pixels come and go: gathered where they do not lie together, asked for ahead of time, written past the caches.
+#pragma once
+
+#include "../blur_pool.h"
+#include "terms.h"
+
+namespace aliasfused {
+namespace AF_ISA {
+namespace {
+
+// n pixels, `stride` elements apart, through `load` from a copy without gaps.
+template <typename T, typename Load>
+INLINED inline auto gathered(const T* p, index_t stride, index_t n, Load&& load) {
+  T copy[Lanes<T>::unit] = {};
+  for (int i = 0; i < n && i < Lanes<T>::unit; ++i) copy[i] = p[i * stride];
+  return load(copy);
+}
+
+// Whole or partial vectors in natural order, or units in the order of T.
+template <bool by_units, typename T>
+INLINED inline auto load(const T* p) {
+  if constexpr (by_units) return Lanes<T>::load(p);
+  else return Lanes<T>::load_vector(p);
+}
+template <bool by_units, typename T>
+INLINED inline auto load(const T* p, int n) {
+  if constexpr (by_units) return Lanes<T>::load(p, n);
+  else return Lanes<T>::load_vector(p, n);
+}
+
+// Memory that is about to be read, asked for while the processor is busy with what it has: each step of the work asks for
+// `share` bytes more.
+struct Ahead {
+  const char* next;
+  index_t share;
+  INLINED void operator()() {
+    for (index_t i = 0; i < share; i += 64) __builtin_prefetch(next + i, 0, 2);
+    next += share;
+  }
+};
+
+// Results on their way to memory. Where sources and results are together more than a cache holds, results bypass it:
+// otherwise every line of them would be read before it is written.
+template <typename T>
+inline bool bypasses_caches(const BlurPool& op) {
+  constexpr index_t cached_bytes = index_t(48) << 20;
+  return op.batch * op.channels * (op.rows.in * op.cols.in + op.rows.out * op.cols.out) * index_t(sizeof(T)) > cached_bytes;
+}
+
+template <typename T>
+inline void flush(T* dst, const T* results, index_t n, bool bypass) {
+#if defined(__AVX512BW__)
+  if (bypass && n * sizeof(T) >= 128) {
+    const index_t head = -reinterpret_cast<uintptr_t>(dst) % 64 / sizeof(T);
+    std::memcpy(dst, results, head * sizeof(T));
+    constexpr index_t line = 64 / sizeof(T);
+    index_t i = head;
+    for (; i + line <= n; i += line) _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(results + i));
+    dst += i, results += i, n -= i;
+  }
+#else
+  (void)bypass;
+#endif
+  std::memcpy(dst, results, n * sizeof(T));
+}
+
+// At the end of a thread's work: what bypassed the caches becomes visible before anything that follows.
+inline void settle() {
+#if defined(__AVX512BW__)
+  _mm_sfence();
+#endif
+}
+
+// Threads get pieces of at least this many pixels.
+constexpr index_t grain_pixels = 1 << 15;
+
+}  // namespace
+}  // namespace AF_ISA
+}  // namespace aliasfused
