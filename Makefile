@@ -37,7 +37,7 @@ format: $(REQUIREMENTS)
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 test-abi: build
-	VENV=$(VENV) bash tests/abi.sh
+	PYTHON=$(PYTHON) bash tests/abi.sh
 
 clean:
 	rm -rf build dist *.egg-info aliasfused/_C*.so $(BUILT) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks \

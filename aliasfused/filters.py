@@ -106,6 +106,10 @@ def kaiser(numtaps: int, cutoff: float, width: float) -> Row:
         beta = 0.0
     window = torch.kaiser_window(numtaps, periodic=False, beta=beta, dtype=torch.float64)
     t = torch.arange(numtaps, dtype=torch.float64) - (numtaps - 1) / 2
+    if not bool(torch.isfinite(window).all()):
+        raise ValueError(
+            f"width {width!r} with {numtaps} taps asks for more attenuation than a float64 window can hold"
+        )
     return _normalised((torch.sinc(cutoff * t) * window).tolist())
 
 
@@ -149,17 +153,25 @@ def factor(kernel2d: torch.Tensor | Sequence[Sequence[float]]) -> tuple[Row, Row
     return tuple(h.tolist()), tuple(w.tolist())
 
 
-def frequency_response(taps: Sequence[float], w: float | Sequence[float] | torch.Tensor) -> torch.Tensor:
+def frequency_response(
+    taps: Sequence[float] | tuple[Sequence[float], Sequence[float]], w: float | Sequence[float] | torch.Tensor
+) -> torch.Tensor:
     """The complex response ``H(w) = sum_p taps[p] exp(-i w (p - (k-1)/2))``, the phase measured from the filter's centre.
 
     Args:
-        taps: a row.
+        taps: a row, or a pair of rows: then the response at every pair of frequencies, ``H_h(w_i) H_w(w_j)``.
         w: angular frequency in radians per input pixel (pi is the Nyquist frequency), any shape.
 
     Returns:
-        complex128 tensor of the shape of w (real-valued for symmetric taps).
+        complex128 tensor of the shape of w (real-valued for symmetric taps); for a pair the shape of w twice over.
+
+    Raises:
+        ValueError: taps are empty or not finite.
     """
-    row = torch.tensor(_row(taps), dtype=torch.complex128)
+    if _is_pair(taps):
+        rows = [frequency_response(row, w) for row in taps]  # type: ignore[arg-type]
+        return torch.tensordot(rows[0], rows[1], 0)
+    row = torch.tensor(_row(taps), dtype=torch.complex128)  # type: ignore[arg-type]
     position = torch.arange(len(row), dtype=torch.float64) - (len(row) - 1) / 2
     omega = torch.as_tensor(w, dtype=torch.float64)
     return torch.exp(-1j * omega[..., None] * position) @ row
@@ -182,10 +194,12 @@ def alias_fraction(
         A float in [0, 1].
 
     Raises:
-        ValueError: stride below 1, or taps without energy.
+        ValueError: stride below 1, or taps that are empty, not finite or without energy.
     """
-    if len(taps) == 2 and not isinstance(taps[0], (int, float)):
+    if _is_pair(taps):
         strides = stride if isinstance(stride, tuple) else (stride, stride)
+        if len(strides) != 2:
+            raise ValueError(f"stride must be an int >= 1 or a pair of them (h, w), got {stride!r}")
         kept = [1 - alias_fraction(row, s) for row, s in zip(taps, strides, strict=True)]  # type: ignore[arg-type]
         return 1 - kept[0] * kept[1]
     t = torch.tensor(_row(taps), dtype=torch.float64)  # type: ignore[arg-type]
@@ -198,8 +212,12 @@ def alias_fraction(
     return max(0.0, 1 - float(t @ kernel @ t) / energy)
 
 
+def _is_pair(taps: Sequence[float] | tuple[Sequence[float], Sequence[float]]) -> bool:
+    return len(taps) == 2 and not isinstance(taps[0], (int, float))
+
+
 def _row(taps: Sequence[float]) -> Row:
     row = tuple(float(t) for t in taps)
-    if not row:
-        raise ValueError("taps must not be empty")
+    if not row or not all(map(math.isfinite, row)):
+        raise ValueError(f"taps must be a non-empty sequence of finite numbers, got {taps!r}")
     return row

@@ -65,7 +65,7 @@ fi
 stage backends 40 "$python" -m aliasfused
 
 if "$python" -c 'import pytest' 2>/dev/null; then
-  stage contract 90 "$python" -m pytest tests/test_contract.py --device cuda -q -p no:cacheprovider
+  stage contract 150 "$python" -m pytest tests/test_contract.py --device cuda -q -p no:cacheprovider
 else
   missing pytest "the contract tests did not run"
 fi

@@ -139,7 +139,7 @@ def variants(device: str, x: torch.Tensor) -> dict[tuple[str, str], Variant]:
         if variant == "after":
             report = aliasfused.accelerate(model)
             if any(row.action != "fused" for row in report):
-                raise Absent(f"accelerate left blurs as they were:\n{report}")
+                raise RuntimeError(f"accelerate left blurs as they were:\n{report}")
         result[mode, variant] = Variant(model, x, mode)
     return result
 
@@ -164,9 +164,12 @@ def measure(
     """Time inference and training steps of all kinds in turns; ``step`` is told what begins."""
     name = str(DTYPE[device]).removeprefix("torch.")
     try:
+        for b in aliasfused.backends():
+            if (b.name, b.device) == (backend, device) and not b.available:
+                raise Absent(b.reason)
         with aliasfused.use_backend(backend):
             return _measure(device, machine, seconds, step, name)
-    except (Absent, RuntimeError) as error:
+    except Absent as error:
         return [NetworkRow(MODEL, 0, name, "", "", f"absent: {error}", None, None, None, None, machine)]
 
 

@@ -8,8 +8,6 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 venvs=${ABI_VENVS:-$root/.venvs}
-
-
 object=$root/aliasfused/_C.abi3.so
 [[ -f $object ]] || { echo "there is no $object: build it with: pip install --no-build-isolation -e ." >&2; exit 1; }
 sum=$(sha256sum "$object" | cut -c1-16)

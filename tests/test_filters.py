@@ -212,8 +212,11 @@ def test_factor_refuses_what_is_off_by_a_little_more_than_rounding(dtype):
         (lambda: filters.factor(torch.eye(2)), r"kernel2d is not separable"),
         (lambda: filters.alias_fraction((0.5, 0.5), 0), r"stride must be an int >= 1, got 0"),
         (lambda: filters.alias_fraction((0.0, 0.0)), r"taps must not all be zero"),
-        (lambda: filters.alias_fraction(()), r"taps must not be empty"),
-        (lambda: filters.frequency_response((), 0.0), r"taps must not be empty"),
+        (lambda: filters.alias_fraction(()), r"taps must be a non-empty sequence of finite numbers, got \(\)"),
+        (lambda: filters.alias_fraction((float("nan"), 1.0)), r"taps must be a non-empty sequence of finite numbers"),
+        (lambda: filters.alias_fraction(((1.0,), (1.0,)), (2, 2, 2)), r"stride must be an int >= 1 or a pair"),
+        (lambda: filters.frequency_response((), 0.0), r"taps must be a non-empty sequence of finite numbers, got \(\)"),
+        (lambda: filters.kaiser(2000, 0.5, 1.9), r"width 1.9 with 2000 taps"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_named(call, message):
@@ -228,3 +231,16 @@ def test_frequency_response_keeps_the_shape_and_the_phase():
     assert h.shape == (2, 3)
     torch.testing.assert_close(h, torch.exp(-1j * w), rtol=0, atol=1e-15)
     assert filters.frequency_response((0.5, 0.5), 0.0).item() == 1
+
+
+def test_a_pair_responds_with_the_product_of_its_rows():
+    rows, w = ((0.25, 0.5, 0.25), (0.5, 0.5)), torch.tensor([0.0, 0.7, 2.9])
+    both = filters.frequency_response(rows, w)
+    # The definition, tap by tap: a sum over the outer product with the phase measured from the middle.
+    for i, j in ((0, 0), (1, 2), (2, 1)):
+        terms = [
+            rows[0][p] * rows[1][q] * complex(torch.exp(-1j * (w[i] * (p - 1.0) + w[j] * (q - 0.5))))
+            for p in range(3)
+            for q in range(2)
+        ]
+        assert abs(complex(both[i, j]) - sum(terms)) < 1e-6  # w is float32

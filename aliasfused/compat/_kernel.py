@@ -93,9 +93,15 @@ class KernelBlur(Blur2d):
         # DataParallel assigns copies of the buffer in every call; they are what was read already.
         if known and name == self._kernel and isinstance(value, torch.Tensor) and "_is_replica" not in self.__dict__:
             rows = read_rows(value, name)  # first, so that a refusal leaves the buffer as it was
+        former = self.__dict__.get(name)
         super().__setattr__(name, value)
         if rows and (name == self._kernel or name in self._watched):
-            self._window = window2d(rows, *self._geometry())
+            try:
+                self._window = window2d(rows, *self._geometry())
+            except (TypeError, ValueError):
+                if name in self._watched and former is not None:
+                    self.__dict__[name] = former
+                raise
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         before, key = len(errors), prefix + self._kernel

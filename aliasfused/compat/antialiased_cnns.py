@@ -69,7 +69,7 @@ class BlurPool(KernelBlur):
         for name, value in arguments.items():
             _blur.check_int(name, value, 0 if name == "pad_off" else 1)
             setattr(self, name, value)
-        if pad_type not in _PAD_TYPES:
+        if not isinstance(pad_type, str) or pad_type not in _PAD_TYPES:
             raise ValueError(f"pad_type must be one of {', '.join(map(repr, _PAD_TYPES))}, got {pad_type!r}")
         self.pad_sizes = [side + pad_off for side in same_padding(filt_size)] * axes
         self.off = (stride - 1) // 2

@@ -23,7 +23,7 @@ def status(device: str) -> tuple[str, str, str]:
     if not detail:
         return (
             "",
-            "this build has no CUDA kernels (nvcc was not found when it was built)",
+            "this build has no CUDA kernels (there was no nvcc when it was built, or ALIASFUSED_NO_CUDA was set)",
             f"Install nvcc and build again. {_BUILD}",
         )
     return detail, "", ""

@@ -152,4 +152,10 @@ def unfused_taps(
 
 def status(device: str) -> tuple[str, str, str]:
     """Detail, reason why not, remedy: this backend runs wherever PyTorch does."""
+    if device == "cuda" and torch.version.cuda is None:
+        return (
+            "float64 matrices",
+            f"this torch ({torch.__version__}) was built without CUDA",
+            "Install a CUDA build of torch",
+        )
     return "float64 matrices", "", ""

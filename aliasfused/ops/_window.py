@@ -12,6 +12,7 @@ import torch
 from .. import filters
 
 PadMode = Literal["reflect", "replicate", "zeros", "circular"]
+LIMIT = 2**30  # of strides and pads: what kernels hold in 32 bits
 PAD_MODES = ("reflect", "replicate", "zeros", "circular")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -45,7 +46,12 @@ def length(taps: tuple[float, ...] | torch.Tensor) -> int:
 
 def window2d(taps: Taps, stride: Stride, padding: Padding, pad_mode: str) -> Window:
     """Check the arguments of a 2-D blur. Plain ints, the common case, are looked up."""
-    if type(taps) is int and type(stride) is int and (padding is None or type(padding) is int):
+    if (
+        type(taps) is int
+        and type(stride) is int
+        and type(pad_mode) is str
+        and (padding is None or type(padding) is int)
+    ):
         if torch.compiler.is_compiling():
             return _window2d(taps, stride, padding, pad_mode)
         return _cached_window2d(taps, stride, padding, pad_mode)
@@ -58,10 +64,12 @@ def _window2d(taps: Taps, stride: Stride, padding: Padding, pad_mode: str) -> Wi
     else:
         taps_h = taps_w = row("taps", taps)
     strides = (stride, stride) if is_int(stride) else stride
-    if not (isinstance(strides, (tuple, list)) and len(strides) == 2 and all(is_int(s) and s >= 1 for s in strides)):
-        raise ValueError(f"stride must be an int >= 1 or a pair of them (h, w), got {stride!r}")
+    if not (
+        isinstance(strides, (tuple, list)) and len(strides) == 2 and all(is_int(s) and 1 <= s < LIMIT for s in strides)
+    ):
+        raise ValueError(f"stride must be an int >= 1 (and below 2**30) or a pair of them (h, w), got {stride!r}")
     sides = _padding2d(padding, length(taps_h), length(taps_w))
-    if pad_mode not in PAD_MODES:
+    if not isinstance(pad_mode, str) or pad_mode not in PAD_MODES:
         raise ValueError(f"pad_mode must be one of {', '.join(map(repr, PAD_MODES))}, got {pad_mode!r}")
     return Window(taps_h, taps_w, tuple(strides), sides, pad_mode)  # type: ignore[arg-type]
 
@@ -73,14 +81,16 @@ def window1d(
     taps: int | Row | torch.Tensor, stride: int, padding: int | tuple[int, int] | None, pad_mode: str
 ) -> Window:
     """Check the arguments of a 1-D blur, which is a 2-D blur of one row."""
-    if not (is_int(stride) and stride >= 1):
-        raise ValueError(f"stride must be an int >= 1, got {stride!r}")
+    if not (is_int(stride) and 1 <= stride < LIMIT):
+        raise ValueError(f"stride must be an int >= 1 (and below 2**30), got {stride!r}")
     taps = row("taps", taps)
     if padding is None:
         padding = same_padding(length(taps))
     sides = (padding, padding) if is_int(padding) else padding
-    if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(is_int(p) and p >= 0 for p in sides)):
-        raise ValueError(f"padding must be None, an int >= 0 or a pair of them (left, right), got {padding!r}")
+    if not (isinstance(sides, (tuple, list)) and len(sides) == 2 and all(is_int(p) and 0 <= p < LIMIT for p in sides)):
+        raise ValueError(
+            f"padding must be None, an int >= 0 (and below 2**30) or a pair of them (left, right), got {padding!r}"
+        )
     return _window2d(((1.0,), taps), (1, stride), (*sides, 0, 0), pad_mode)
 
 
@@ -120,9 +130,9 @@ def _padding2d(padding: Padding, kh: int, kw: int) -> tuple[int, int, int, int]:
         sides = (padding[1], padding[1], padding[0], padding[0])
     else:
         sides = tuple(padding) if isinstance(padding, (tuple, list)) else ()
-    if len(sides) != 4 or not all(is_int(p) and p >= 0 for p in sides):
+    if len(sides) != 4 or not all(is_int(p) and 0 <= p < LIMIT for p in sides):
         raise ValueError(
-            "padding must be None, an int >= 0, a pair (h, w) or four of them (left, right, top, bottom), "
+            "padding must be None, an int >= 0 (and below 2**30), a pair (h, w) or four of them (left, right, top, bottom), "
             f"got {padding!r}"
         )
     return sides
