@@ -278,3 +278,17 @@ def test_a_wrong_argument_is_named(make, message):
 def test_channels_are_checked():
     with pytest.raises(ValueError, match="2 channels"):
         antialiased_cnns.BlurPool(2)(torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(antialiased_cnns.BlurPool, (3, 1, 4, 4)), (antialiased_cnns.BlurPool1D, (3, 1, 3))]
+)
+def test_a_filter_of_other_channels_is_refused_and_a_registered_one_is_read(kind, shape):
+    """What the original's convolution would refuse in its first call; and the other way in which a buffer is replaced."""
+    blur, x = kind(3), torch.ones(1, 3, *[8] * (len(shape) - 2))
+    before = blur(x)
+    with pytest.raises(ValueError, match=r"filt: expected a filter like \(3, .*got shape \(2, "):
+        blur.filt = torch.ones(2, *shape[1:])
+    assert torch.equal(blur(x), before)
+    blur.register_buffer("filt", torch.zeros(shape))
+    assert not blur(x).any()

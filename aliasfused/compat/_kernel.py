@@ -87,11 +87,19 @@ class KernelBlur(Blur2d):
         """
         self._window = self._read(getattr(self, self._kernel), self._kernel)
 
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        super().register_buffer(name, tensor, persistent)
+        if name == self._kernel and "_window" in self.__dict__ and "_is_replica" not in self.__dict__:
+            self.refresh_taps()
+
     def __setattr__(self, name: str, value: Any) -> None:
         known: Window | None = self.__dict__.get("_window")
         rows = known and known[:2]
         # DataParallel assigns copies of the buffer in every call; they are what was read already.
         if known and name == self._kernel and isinstance(value, torch.Tensor) and "_is_replica" not in self.__dict__:
+            shape = getattr(self, name).shape
+            if value.dim() != len(shape) or (len(shape) > 2 and value.shape[0] != shape[0]):
+                raise ValueError(f"{name}: expected a filter like {tuple(shape)}, got shape {tuple(value.shape)}")
             rows = read_rows(value, name)  # first, so that a refusal leaves the buffer as it was
         former = self.__dict__.get(name)
         super().__setattr__(name, value)
