@@ -1,4 +1,5 @@
-// The second step of a row in memory order: weighted sums of buffered columns, by permutation or by phase.
+// Weighted sums of neighbouring columns. A vector of results reads a window of sources, two vectors long: each of its terms
+// is a permutation of the window, and every border and parity is in the lane numbers.
 #pragma once
 
 #include "memory.h"
@@ -8,126 +9,135 @@ namespace aliasfused {
 namespace AF_ISA {
 namespace {
 
-// Columns by permutation: one vector of results whose sources lie in two neighbouring vectors of the buffer is a sum of
-// permutations of these, and every border and parity is in the lane numbers.
+// A list of plain data (whose memory a standard container would manage in functions shared with other instruction sets).
+template <typename E>
+class List {
+ public:
+  List() = default;
+  ~List() { std::free(data_); }
+  List(const List&) = delete;
+  E& add() {
+    if (size_ == capacity_) {
+      E* grown = static_cast<E*>(std::aligned_alloc(64, round_up((capacity_ = 2 * capacity_ + 8) * sizeof(E), 64)));
+      if (size_) std::memcpy(static_cast<void*>(grown), data_, size_ * sizeof(E));
+      std::free(data_);
+      data_ = grown;
+    }
+    return data_[size_++];
+  }
+  void clear() { size_ = 0; }
+  index_t size() const { return size_; }
+  E& operator[](index_t i) { return data_[i]; }
+  const E& operator[](index_t i) const { return data_[i]; }
+
+ private:
+  E* data_ = nullptr;
+  index_t size_ = 0, capacity_ = 0;
+};
+
 template <typename acc>
 struct Pattern {
   using V = Vector<acc>;
-  static constexpr int most_terms = 16;
-  index_t base;   // first source
-  index_t span;   // last source - first source
-  int terms = 0;  // 0: it does not fit
-  typename V::index lane[most_terms];
+  static constexpr int most_terms = 16, window = 2 * V::lanes;
+  index_t base;  // first source of the window
+  int terms;
+  bool wide;  // some term lies in the window's second vector
+  typename V::index lane[most_terms], mask[most_terms];
   typename V::type weight[most_terms];
 
-  bool wide() const { return span >= V::lanes; }
-
-  // The first `used` lanes; sources_of_lane(i, visit) visits the source and the weight of every term of lane i.
-  template <typename SourcesOfLane>
-  void build(int used, SourcesOfLane&& sources_of_lane) {
-    index_t source[V::lanes][most_terms], lo = index_t(1) << 62, hi = 0;
-    acc tap[V::lanes][most_terms];
-    int count[V::lanes], largest = 0, smallest = most_terms;
-    for (int i = 0; i < used; ++i) {
-      int n = 0;
-      sources_of_lane(i, [&](index_t from, acc w) INLINED {
-        if (n < most_terms) source[i][n] = from, tap[i][n] = w;
-        ++n;
-        lo = min(lo, from), hi = max(hi, from);
-      });
-      count[i] = n;
-      largest = max(largest, n), smallest = min(smallest, n);
+  // M terms in registers, where every lane has all of them.
+  template <int M, bool WIDE>
+  struct Held {
+    typename V::index lane[M ? M : most_terms];
+    typename V::type weight[M ? M : most_terms];
+    int count;
+    INLINED explicit Held(const Pattern& p) : count(M ? M : p.terms) {
+      for (int m = 0; m < count; ++m) lane[m] = p.lane[m], weight[m] = p.weight[m];
     }
-    terms = 0;
-    if (largest > most_terms || smallest == 0 || hi - lo >= 2 * V::lanes) return;
-    base = lo, span = hi - lo, terms = largest;
-    // A lane of fewer terms shares its last tap out over the rest: to add zero times a pixel would spread its inf or nan.
-    for (int m = 0; m < terms; ++m)
-      for (int i = 0; i < V::lanes; ++i) {
-        const int last = i < used ? count[i] - 1 : 0, from = min(m, last);
-        lane[m][i] = i < used ? source[i][from] - base : 0;
-        weight[m][i] = i >= used ? 0 : m < last ? tap[i][m] : tap[i][last] / (terms - last);
-      }
-  }
-
-  // M terms in registers, over `blocks` blocks (`step` sources apart) of `rows` buffered rows (`pitch` apart).
-  template <int M, bool WIDE, typename Store>
-  INLINED void apply(const acc* buffer, index_t step, index_t blocks, index_t pitch, int rows, Ahead ahead, Store&& store) const {
-    typename V::index l[M ? M : most_terms];
-    typename V::type w[M ? M : most_terms];
-    const int count = M ? M : terms;
-    for (int m = 0; m < count; ++m) l[m] = lane[m], w[m] = weight[m];
-    for (int r = 0; r < rows; ++r) {
-      ahead();
-      for (index_t b = 0; b < blocks; ++b) {
-        const acc* p = buffer + r * pitch + b * step;
-        const auto low = V::load(p), high = WIDE ? V::load(p + V::lanes) : low;
-        const auto permuted = [&](int m) INLINED { return WIDE ? __builtin_shuffle(low, high, l[m]) : __builtin_shuffle(low, l[m]); };
-        auto sum = permuted(0) * w[0];
+    INLINED typename V::type operator()(Unit<acc> u) const {
+      const auto permuted = [&](int m) INLINED { return WIDE ? __builtin_shuffle(u.a, u.b, lane[m]) : __builtin_shuffle(u.a, lane[m]); };
+      auto sum = permuted(0) * weight[0];
 #pragma GCC unroll 9
-        for (int m = 1; m < count; ++m) sum += permuted(m) * w[m];
-        store(r, b, sum);
-      }
+      for (int m = 1; m < count; ++m) sum += permuted(m) * weight[m];
+      return sum;
     }
+  };
+  // What this window adds to results that have other windows too: lanes without a term see zero, not a pixel times zero,
+  // which an infinite pixel would make a nan.
+  typename V::type part(Unit<acc> u) const {
+    typename V::type sum{};
+    for (int m = 0; m < terms; ++m) sum += (typename V::type)((typename V::index)__builtin_shuffle(u.a, u.b, lane[m]) & mask[m]) * weight[m];
+    return sum;
   }
 };
 
-// The patterns of a whole row: the blocks in the interior share one, those near its ends have their own.
-template <bool ADJOINT, typename acc>
+// The results of a row, in blocks of a vector or less. Blocks in the interior share one pattern.
+template <typename acc>
 struct Columns {
   using V = Vector<acc>;
-  static constexpr int most_patterns = 12;
-  Pattern<acc> pattern[most_patterns];
-  index_t blocks, interior_begin, interior_end;  // in blocks of V::lanes results
-  index_t step;                                  // sources from one interior block to the next
-  bool fits;
+  struct Block {
+    index_t result, repeats;        // first result; blocks like it, one after the other
+    index_t pattern, patterns;      // one for each window
+    bool single;                    // one window, in which every lane has all its terms
+  };
+  List<Block> blocks;
+  List<Pattern<acc>> pattern;
+  index_t result_step = 0, source_step = 0;  // from one repeat to the next
 
-  void build(const Axis& axis, const acc* taps) {
-    blocks = (results<ADJOINT>(axis) + V::lanes - 1) / V::lanes;
-    interior_begin = interior_end = blocks;
-    step = V::lanes / axis.stride;
-    if (ADJOINT && V::lanes % axis.stride == 0) {
-      // Interior: no tap is cut off at either end of the axis, no border position shows one of these pixels.
-      const index_t reach = max(max(-axis.first(), axis.last() - axis.in), 0);
-      const index_t first = max(reach + 1, axis.taps - 1 - axis.before);
-      const index_t last = min(axis.in - 1 - reach, axis.out * axis.stride - axis.before);
-      interior_begin = min(round_up(first, V::lanes) / V::lanes, blocks);
-      interior_end = max(interior_begin, last / V::lanes);
+  void clear() { blocks.clear(), pattern.clear(); }
+
+  // A block of `used` results; terms_of_lane(i, visit) visits the source and the weight of every term of lane i. A window
+  // ends at `limit`, where the row is long enough for one, and holds its sources in the lane order of T.
+  template <typename T, typename TermsOfLane>
+  void add(index_t result, index_t repeats, int used, index_t limit, TermsOfLane&& terms_of_lane) {
+    terms.clear();
+    for (int i = 0; i < used; ++i) terms_of_lane(i, [&](index_t source, acc weight) INLINED { terms.add() = {source, weight, i}; });
+    Block& block = blocks.add();
+    block = {result, repeats, pattern.size(), 0, true};
+    for (index_t left = terms.size(); left || !block.patterns; ++block.patterns) {
+      index_t lo = left ? terms[0].source : 0;
+      for (index_t t = 0; t < left; ++t) lo = min(lo, terms[t].source);
+      Pattern<acc>& p = pattern.add();
+      p.base = max(min(lo, limit - p.window), 0);
+      p.wide = false;
+      int count[V::lanes] = {};
+      for (int m = 0; m < p.most_terms; ++m) p.lane[m] = p.mask[m] = typename V::index{}, p.weight[m] = typename V::type{};
+      index_t kept = 0;
+      for (index_t t = 0; t < left; ++t) {
+        const Term term = terms[t];
+        const index_t at = term.source - p.base;
+        if (at >= p.window || count[term.lane] == p.most_terms) {
+          terms[kept++] = term;
+          continue;
+        }
+        const int m = count[term.lane]++, i = term.lane;
+        const bool split = Lanes<T>::is_split;
+        p.lane[m][i] = split ? at / 2 + at % 2 * V::lanes : at;
+        p.mask[m][i] = -1, p.weight[m][i] = term.weight;
+        p.wide |= p.lane[m][i] >= V::lanes;
+      }
+      left = kept;
+      p.terms = 0;
+      for (int i = 0; i < used; ++i) p.terms = max(p.terms, count[i]), block.single &= count[i] > 0;
+      block.single &= left == 0 && block.patterns == 0;
+      // A lane of fewer terms shares its last tap out over the rest, and so needs no mask.
+      if (block.single)
+        for (int i = 0; i < used; ++i) {
+          const int last = count[i] - 1;
+          const acc share = p.weight[last][i] / (p.terms - last);
+          for (int m = last; m < p.terms; ++m) p.lane[m][i] = p.lane[last][i], p.mask[m][i] = -1, p.weight[m][i] = share;
+        }
     }
-    fits = blocks - repeats() <= most_patterns;
-    for (index_t b = 0; fits && b < blocks; b = b == interior_begin ? b + 1 + repeats() : b + 1)
-      pattern[slot(b)].build(min(V::lanes, results<ADJOINT>(axis) - b * V::lanes), [&](int i, auto&& visit) {
-        sources_of<ADJOINT>(axis, b * V::lanes + i, [&](index_t from, int p) { visit(from, taps[p]); });
-      });
   }
 
-  // Interior blocks beyond the first.
-  index_t repeats() const { return max(interior_end - interior_begin - 1, 0); }
-  index_t slot(index_t b) const { return b <= interior_begin ? b : b < interior_end ? interior_begin : b - repeats(); }
-  index_t base(index_t b) const {
-    const bool interior = b >= interior_begin && b < interior_end;
-    return pattern[slot(b)].base + (interior ? (b - interior_begin) * step : 0);
-  }
-  // The first block of those that share the pattern of b.
-  index_t first(index_t b) const { return b >= interior_begin && b < interior_end ? interior_begin : b; }
+ private:
+  struct Term {
+    index_t source;
+    acc weight;
+    int lane;
+  };
+  List<Term> terms;
 };
-
-// Columns by phase, forward and for any row: source t of the extended row goes to phase t % stride, so that tap q of
-// neighbouring results reads neighbouring elements of one phase.
-template <int K, int S, typename acc, typename Store>
-INLINED inline void sum_phases(const acc* phases, index_t pitch, const acc* taps, int k, int stride, index_t n, Store&& store) {
-  using V = Vector<acc>;
-  const int count = K ? K : k, s = S ? S : stride;
-  for (index_t j = 0; j < n; j += 2 * V::lanes) {
-    Unit<acc> sum = {V::load(phases + j) * taps[0], V::load(phases + j + V::lanes) * taps[0]};
-#pragma GCC unroll 9
-    for (int q = 1; q < count; ++q) {
-      const acc* p = phases + (q % s) * pitch + q / s + j;
-      sum.a += V::load(p) * taps[q], sum.b += V::load(p + V::lanes) * taps[q];
-    }
-    store(j, sum);
-  }
-}
 
 }  // namespace
 }  // namespace AF_ISA

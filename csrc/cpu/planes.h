@@ -1,4 +1,9 @@
 // Memory in rows (NCHW): the lanes are columns.
+//
+// The columns are filtered where the large map is, so that each of its pixels is loaded or stored once; the rows where the
+// small one is. Forward: columns, then rows; adjoint: rows, then columns. In between, sums lie in a buffer by phase: row u of
+// the extended map (u = 0 is the first that any output reads) belongs to phase u % stride, so that one tap meets neighbouring
+// rows of one phase, and whole planes are filtered as one long row.
 #pragma once
 
 #include "columns.h"
@@ -8,340 +13,457 @@ namespace aliasfused {
 namespace AF_ISA {
 namespace {
 
-// The sum of source rows at one column.
-template <typename T, typename Pre>
-acc_t<T> sum_rows_at(const T* src, const Terms<acc_t<T>>& t, index_t x, index_t stride, const Pre& pre, index_t c) {
-  if (t.count == 0) return 0;
-  const auto first = [](const T* p) { return load<false>(p); };
-  return sum_terms<0>(t, c, [&](index_t row) { return pre.row(gathered(src + row + x * stride, 1, 1, first), c); })[0];
-}
+// Some rows of a plane, or some whole planes of one image after the other.
+struct Piece {
+  index_t n, c;
+  int planes;
+  index_t begin, end;  // rows of the result
+  bool roomy;          // whole windows may be read at the end of every row: what follows is still the tensor
+};
 
-template <typename T, bool ADJOINT, typename Pre>
-struct Planes {
-  using acc = acc_t<T>;
-  using V = Vector<acc>;
-  static constexpr int unit = Lanes<T>::unit;
-  static constexpr index_t most_cols = 64 * V::lanes;  // results of one pass over a row
-  static constexpr int most_rows = 32;                 // rows of one pass
-  static constexpr index_t buffer_goal = 4096;         // elements
+// Lines of sums, `pitch` elements apart in a plane.
+struct Lines {
+  index_t planes, plane_pitch, lines, pitch, length;
+};
 
-  const BlurPool& op;
-  Pre pre;
-  index_t out_rows = results<ADJOINT>(op.rows), out_cols = results<ADJOINT>(op.cols);
-  bool permute = ADJOINT || (op.cols.in <= 2 * V::lanes && op.cols.out <= 2 * V::lanes);
-  index_t phase_pitch = min(out_cols, most_cols) + op.cols.taps / op.cols.stride + 2 * unit;
-  index_t pitch =
-      permute ? round_up(ADJOINT ? min(op.cols.out, buffered_by(op.cols, min(out_cols, most_cols))) : op.cols.in, V::lanes) + V::lanes
-              : phase_pitch * op.cols.stride;
-  // Rows of one pass: enough to spread the cost of its set-up.
-  int strip = max(1, min(most_rows, buffer_goal / pitch));
+// How planes are cut into pieces.
+struct Cut {
+  index_t rows;    // of the result in a strip
+  index_t strips;  // of a plane
+  int planes;      // in a piece, where a plane is one strip
 
-  // What depends on the taps: shared by all threads, or rebuilt by each for every channel.
-  struct Tables {
-    AxisTerms<ADJOINT, acc> rows;
-    Columns<ADJOINT, acc> columns;
-    const acc* taps_w;
-    explicit Tables(const BlurPool& op) : rows(op.rows, op.src_stride.h) {}
-    void build(const Planes& planes, index_t c) {
-      const BlurPool& op = planes.op;
-      taps_w = static_cast<const acc*>(op.taps_w) + c * op.cols.taps;
-      rows.set_taps(static_cast<const acc*>(op.taps_h) + c * op.rows.taps);
-      if (planes.permute) columns.build(op.cols, taps_w);
-    }
-  };
-
-  // A row of the result, and the plane that it is made from.
-  struct Row {
-    index_t n, c, o;
-    const T* src;
-    bool roomy;  // whole vectors may be read at the end of every row of the plane: what follows is still the tensor
-  };
-  void enter(Row& r) const {
-    const Strides& s = op.src_stride;
-    r.src = static_cast<const T*>(op.src) + r.n * s.n + r.c * s.c;
-    r.roomy = (op.batch - 1 - r.n) * s.n + (op.channels - 1 - r.c) * s.c >= unit;
-  }
-  Row row_at(index_t item) const {
-    Row r{item / out_rows / op.channels, item / out_rows % op.channels, item % out_rows, nullptr, false};
-    enter(r);
-    return r;
-  }
-  INLINED void advance(Row& r, index_t by = 1) const {
-    for (r.o += by; r.o >= out_rows; enter(r)) {
-      r.o -= out_rows;
-      if (++r.c == op.channels) r.c = 0, ++r.n;
-    }
-  }
-
-  using Finder = typename AxisTerms<ADJOINT, acc>::Finder;
-
-  // Some rows from `row` on, and of these some columns.
-  struct Piece {
-    Row row;
-    int rows;
-    index_t begin, end;
-    acc* buffer;  // sums of source rows
-    T* results;   // row after row without a gap; whole vectors are stored, each row over the excess of the one before
-  };
-
-  // Rows [begin, end) of the result, which is contiguous.
-  void run(index_t begin, index_t end, Tables& tables) const {
-    const Finder terms(tables.rows);
-    const Scratch<acc> buffer(strip * pitch);
-    const Scratch<T> results(strip * min(out_cols, most_cols) + unit);
-    const bool bypass = bypasses_caches<T>(op);
-    Row row = row_at(begin);
-    for (index_t item = begin; item < end;) {
-      if (op.per_channel && (item == begin || row.o == 0)) tables.build(*this, row.c);
-      const int rows = min(min(strip, end - item), op.per_channel ? out_rows - row.o : strip);
-      for (index_t j = 0; j < out_cols; j += most_cols) {
-        const Piece piece{row, rows, j, min(j + most_cols, out_cols), buffer.data, results.data};
-        if (permute) by_permutation(piece, terms, tables);
-        else if constexpr (!ADJOINT) by_phase(piece, terms, tables.taps_w);
-        T* dst = static_cast<T*>(op.dst) + item * out_cols + j;
-        const index_t width = piece.end - j;
-        if (width == out_cols) flush(dst, results.data, rows * width, bypass);
-        else
-          for (int r = 0; r < rows; ++r) flush(dst + r * out_cols, results.data + r * width, width, bypass);
-      }
-      item += rows;
-      advance(row, rows);
-    }
-    settle();
-  }
-
-  // What the rows after a piece will read first.
-  Ahead ahead_of(const Piece& piece, const Finder& terms) const {
-    Row row = piece.row;
-    advance(row, piece.rows);
-    if (row.n == op.batch || op.src_stride.w != 1) return {nullptr, 0};
-    const Terms<acc> t = terms(row.o);
-    const index_t newest = t.count ? max(t.offset[0], t.offset[t.count - 1]) : 0;
-    const index_t rows = ADJOINT ? op.rows.out : op.rows.in;
-    return {reinterpret_cast<const char*>(row.src + newest), rows * op.src_stride.h / out_rows * index_t(sizeof(T))};
-  }
-
-  // The first step: sums of source rows over columns [lo, hi) for every row of a piece, as vectors in natural order or as
-  // units in T's order: store(row of the piece, column - lo, sum).
-  template <bool by_units, typename Store>
-  INLINED void sum_rows(const Piece& piece, const Finder& terms, index_t lo, index_t hi, Store&& store) const {
-    constexpr int width = by_units ? unit : V::lanes;
-    const index_t stride = op.src_stride.w;
-    // Rows a stride of the adjoint apart meet the same taps, so one of them mostly has as many terms as the one before.
-    const int step = ADJOINT ? op.rows.stride : 1;
-    for (int first = 0; first < min(step, piece.rows); ++first) {
-      Row row = piece.row;
-      advance(row, first);
-      for (int r = first; r < piece.rows;) {
-        Terms<acc> t = terms(row.o);
-        if (t.count == 0 || stride != 1) {  // a border of zeros, or pixels that must be gathered
-          const auto whole = [](const T* p) { return load<by_units>(p); };
-          for (index_t x = lo; x < hi; x += width)
-            store(r, x - lo,
-                  t.count ? sum_terms<0>(
-                                t, row.c,
-                                [&](index_t from) { return pre.row(gathered(row.src + from + x * stride, stride, hi - x, whole), row.c); })
-                          : decltype(whole(row.src)){});
-          r += step, advance(row, step);
-          continue;
-        }
-        unrolled<is_tuned<acc>>(t.count, [&](auto m) INLINED {
-          const int count = t.count;
-          do {
-            const index_t end = row.roomy ? lo + round_up(hi - lo, width) : hi;
-            index_t x = lo;
-            for (; x + width <= end; x += width)
-              store(r, x - lo, sum_terms<m>(t, row.c, [&](index_t from) { return pre.row(load<by_units>(row.src + from + x), row.c); }));
-            if (x < end)
-              store(r, x - lo,
-                    sum_terms<m>(t, row.c, [&](index_t from) { return pre.row(load<by_units>(row.src + from + x, end - x), row.c); }));
-            r += step, advance(row, step);
-            if (r >= piece.rows) break;
-            t = terms(row.o);
-          } while (t.count == count);
-        });
-      }
-    }
-  }
-
-  void by_permutation(const Piece& piece, const Finder& terms, const Tables& tables) const {
-    const Range at_hand = buffered<ADJOINT>(op.cols, piece.begin, piece.end);
-    const index_t lo = at_hand.lo, hi = at_hand.hi, width = piece.end - piece.begin;
-    const Columns<ADJOINT, acc>& columns = tables.columns;
-    sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED { V::store(piece.buffer + r * pitch + x, v); });
-    // The last columns first, so that what a vector has in excess is still to be stored in the row below.
-    for (index_t first_block = piece.begin / V::lanes, stop = (piece.end + V::lanes - 1) / V::lanes; stop > first_block;) {
-      const index_t b = columns.fits ? max(columns.first(stop - 1), first_block) : stop - 1;
-      T* to = piece.results + b * V::lanes - piece.begin;
-      const auto store = [&](int r, index_t i, auto v) INLINED { Lanes<T>::store_vector(to + r * width + i * V::lanes, v); };
-      const Pattern<acc>& pattern = columns.pattern[columns.fits ? columns.slot(b) : 0];
-      if (columns.fits && pattern.terms && columns.base(b) >= lo && columns.base(stop - 1) + pattern.span < hi) {
-        const acc* from = piece.buffer + columns.base(b) - lo;
-        const Ahead ahead = stop - b > 1 || columns.repeats() == 0 ? ahead_of(piece, terms) : Ahead{nullptr, 0};
-        unrolled<is_tuned<acc>>(pattern.terms, [&](auto m) INLINED {
-          if (pattern.wide()) pattern.template apply<m, true>(from, columns.step, stop - b, pitch, piece.rows, ahead, store);
-          else pattern.template apply<m, false>(from, columns.step, stop - b, pitch, piece.rows, ahead, store);
-        });
-      } else {
-        Row here = piece.row;
-        for (int r = 0; r < piece.rows; ++r, advance(here))
-          for (index_t i = b; i < stop; ++i)
-            store(r, i - b, lane_by_lane(here, terms, tables.taps_w, i * V::lanes, piece.buffer + r * pitch, lo, hi));
-      }
-      stop = b;
-    }
-  }
-
-  typename V::type lane_by_lane(const Row& row, const Finder& terms, const acc* taps, index_t o, const acc* sums, index_t lo,
-                                index_t hi) const {
-    typename V::type v{};
-    for (int i = 0; i < V::lanes && o + i < out_cols; ++i)
-      sources_of<ADJOINT>(op.cols, o + i, [&](index_t x, int q) INLINED {
-        v[i] += taps[q] * (x >= lo && x < hi ? sums[x - lo] : sum_rows_at(row.src, terms(row.o), x, op.src_stride.w, pre, row.c));
-      });
-    return v;
-  }
-
-  void by_phase(const Piece& piece, const Finder& terms, const acc* taps) const {
-    const Axis& axis = op.cols;
-    const int s = axis.stride, k = axis.taps;
-    const index_t first = piece.begin * s - axis.before, last = (piece.end - 1) * s + k - axis.before;  // of the extended row
-    const Range at_hand = buffered<ADJOINT>(axis, piece.begin, piece.end);
-    const index_t lo = at_hand.lo, hi = at_hand.hi, width = piece.end - piece.begin;
-    const auto place = [&](index_t t) INLINED { return (t - first) % s * phase_pitch + (t - first) / s; };
-    const index_t even = place(lo), odd = place(lo + 1);
-
-    if (s == 1)
-      sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED { V::store(piece.buffer + r * pitch + even + x, v); });
-    else if (s == 2)
-      sum_rows<true>(piece, terms, lo, hi, [&](int r, index_t x, Unit<acc> u) INLINED {
-        const auto v = Lanes<T>::is_split ? u : split(u);
-        acc* phases = piece.buffer + r * pitch + x / 2;
-        V::store(phases + even, v.a), V::store(phases + odd, v.b);
-      });
-    else
-      sum_rows<false>(piece, terms, lo, hi, [&](int r, index_t x, auto v) INLINED {
-        for (int i = 0; i < V::lanes && x + i < hi - lo; ++i) piece.buffer[r * pitch + place(lo + x + i)] = v[i];
-      });
-    const auto fill = [&](index_t t) INLINED {
-      const index_t x = axis.source(t), to = place(t);
-      const bool copied = x >= lo && x < hi;
-      const index_t from = copied ? place(x) : 0;
-      Row here = piece.row;
-      for (int r = 0; r < piece.rows; ++r, advance(here)) {
-        acc* phases = piece.buffer + r * pitch;
-        phases[to] = copied ? phases[from] : x < 0 ? acc(0) : sum_rows_at(here.src, terms(here.o), x, op.src_stride.w, pre, here.c);
-      }
-    };
-    for (index_t t = first; t < min(lo, last); ++t) fill(t);
-    for (index_t t = max(hi, first); t < last; ++t) fill(t);
-
-    Ahead ahead = ahead_of(piece, terms);
-    const auto columns = [&](auto taps_count, auto stride) INLINED {
-      for (int r = 0; r < piece.rows; ++r) {
-        ahead();
-        sum_phases<taps_count, stride>(piece.buffer + r * pitch, phase_pitch, taps, k, s, width, [&](index_t j, Unit<acc> u) INLINED {
-          Lanes<T>::store(piece.results + r * width + j, from_natural<T>(u));
-        });
-      }
-    };
-    if (s == 2) unrolled<is_tuned<acc>>(k, [&](auto taps_count) INLINED { columns(taps_count, std::integral_constant<int, 2>{}); });
-    else columns(std::integral_constant<int, 0>{}, std::integral_constant<int, 0>{});
+  Cut(index_t all_rows, index_t most_rows, index_t elements_of_plane, index_t goal) {
+    strips = (all_rows + most_rows - 1) / most_rows;
+    rows = (all_rows + strips - 1) / strips;
+    strips = (all_rows + rows - 1) / rows;
+    planes = strips == 1 ? min(max(goal / max(elements_of_plane, 1), 1), 64) : 1;
   }
 };
 
-// Small planes, adjoint: a vector of results may span rows, for all it reads of the source plane still lies in two
-// neighbouring vectors. So both axes are one permutation, and many planes share its pattern.
-template <typename T, typename Pre>
-struct SmallPlanes {
+template <typename T>
+struct PlanesBase {
   using acc = acc_t<T>;
   using V = Vector<acc>;
-  static constexpr index_t most_patterns = 64, least_planes = 32;
-  static constexpr index_t results_goal = 16384 / sizeof(T);
-
+  static constexpr int window = 2 * V::lanes;
   const BlurPool& op;
-  Pre pre;
-  index_t from_plane = op.rows.out * op.cols.out, to_plane = op.rows.in * op.cols.in;
-  index_t patterns = (to_plane + V::lanes - 1) / V::lanes, pitch = round_up(from_plane, V::lanes) + V::lanes;
-  int group = max(1, min(32, results_goal / to_plane));
 
-  bool may_serve() const { return is_tuned<acc> && !op.per_channel && patterns <= most_patterns && op.batch * op.channels >= least_planes; }
+  const acc* taps_h(index_t c) const { return static_cast<const acc*>(op.taps_h) + (op.per_channel ? c * op.rows.taps : 0); }
+  const acc* taps_w(index_t c) const { return static_cast<const acc*>(op.taps_w) + (op.per_channel ? c * op.cols.taps : 0); }
+  const T* plane(index_t n, index_t c) const { return static_cast<const T*>(op.src) + n * op.src_stride.n + c * op.src_stride.c; }
+  // Up to n elements of a row, in natural order.
+  INLINED typename V::type load_some(const T* p, index_t n) const {
+    if (op.src_stride.w != 1) return gathered(p, op.src_stride.w, n, [](const T* copy) INLINED { return Lanes<T>::load_vector(copy); });
+    return n >= V::lanes ? Lanes<T>::load_vector(p) : Lanes<T>::load_vector(p, n);
+  }
+  // to[x] = the sum of M terms from `from` + x, for `lines` lines in each of `planes`. Leaves like this one take what they need
+  // by value: a store of a vector may touch anything that is reached through a pointer.
+  template <int M, typename To>
+  NOINLINED static void sum_lines(const Terms<acc> t, const acc* from, To* to, Lines n) {
+    const acc* source[M ? M : 1];
+    acc weight[M ? M : 1];
+    for (int m = 0; m < M; ++m) source[m] = from + t.offset[m], weight[m] = t.weight[m];
+    for (index_t q = 0; q < n.planes; ++q)
+      for (index_t l = 0; l < n.lines; ++l, to += n.length) {
+        const index_t start = q * n.plane_pitch + l * n.pitch;
+        for (index_t x = 0; x < n.length; x += V::lanes) {
+          typename V::type sum{};
+          if constexpr (M > 0) {
+            sum = V::load(source[0] + start + x) * weight[0];
+#pragma GCC unroll 9
+            for (int m = 1; m < M; ++m) sum += V::load(source[m] + start + x) * weight[m];
+          } else {
+            for (int m = 0; m < t.count; ++m) sum += V::load(from + t.offset[m] + start + x) * t.weight[m];
+          }
+          Lanes<To>::store_vector(to + x, sum);
+        }
+      }
+  }
+};
 
-  // Whether every pattern fits.
-  bool build(Pattern<acc>* pattern) const {
-    AxisTerms<true, acc> all_rows(op.rows, op.cols.out), all_cols(op.cols, 1);
-    all_rows.set_taps(static_cast<const acc*>(op.taps_h)), all_cols.set_taps(static_cast<const acc*>(op.taps_w));
-    const typename AxisTerms<true, acc>::Finder rows(all_rows), cols(all_cols);
-    for (index_t b = 0; b < patterns; ++b) {
-      pattern[b].build(min(V::lanes, to_plane - b * V::lanes), [&](int i, auto&& visit) {
-        const Terms<acc> h = rows((b * V::lanes + i) / op.cols.in), w = cols((b * V::lanes + i) % op.cols.in);
-        for (int m = 0; m < h.count; ++m)
-          for (int n = 0; n < w.count; ++n) visit(h.offset[m] + w.offset[n], h.weight[m] * w.weight[n]);
+template <typename T, typename Pre>
+struct Forward : PlanesBase<T> {
+  using Base = PlanesBase<T>;
+  using typename Base::acc, typename Base::V;
+  using Base::op, Base::window;
+  static constexpr index_t goal = 6144;  // buffered sums
+
+  const Pre& pre;
+  const index_t in_w, out_w;
+  const int k, s;    // of the rows
+  index_t in_block;  // results of a block
+  int together = 1;  // short rows that are filtered as one
+  index_t pitch, phase_pitch = 0, plane_pitch = 0;
+  Cut cut;
+
+  Forward(const BlurPool& o, const Pre& p)
+      : Base{o}, pre(p), in_w(o.cols.in), out_w(o.cols.out), k(o.rows.taps), s(o.rows.stride), cut(cut_of()) {}
+
+  Cut cut_of() {
+    const index_t fit = (window - op.cols.taps) / op.cols.stride + 1;
+    in_block = op.cols.taps <= window && fit >= V::lanes / 2 ? min(fit, V::lanes) : V::lanes;
+    if (op.src_stride.w == 1 && op.src_stride.h == in_w && s <= 2 && op.rows.in * out_w <= goal)
+      together = max(1, min(window / in_w, V::lanes / out_w) / s * s);
+    pitch = together > 1 || out_w <= in_block ? out_w : out_w + V::lanes;
+    // As many rows as keep what two strips both need small.
+    const Cut c(op.rows.out, max(8, (goal / pitch - k) / s), op.rows.out * s * pitch, goal);
+    phase_pitch = (c.rows + (k - 1) / s) * pitch + V::lanes;
+    plane_pitch = s * phase_pitch + V::lanes;  // the rest: for rows that nobody reads
+    return c;
+  }
+  index_t slot(index_t u) const { return u % s * phase_pitch + u / s * pitch; }
+
+  // `together` rows from `row` on: their sums go to a row of the buffer for each phase.
+  struct Step {
+    index_t row, to, other;
+  };
+  struct Memory {
+    Columns<acc> columns;
+    List<Step> steps;
+    List<index_t> zeros;  // rows of the buffer
+    List<index_t> tap;    // where the first row of each tap is
+    Scratch<acc> buffer;
+    index_t begin = -1, end = -1, channel = -1;
+    explicit Memory(const Forward& f) : buffer(f.cut.planes * f.plane_pitch + window) {
+      for (int p = 0; p < f.k; ++p) tap.add() = f.slot(p);
+    }
+  };
+
+  void prepare(Memory& m, const Piece& piece) const {
+    if (m.channel < 0 || (op.per_channel && m.channel != piece.c)) {
+      m.channel = piece.c;
+      build(m.columns, this->taps_w(piece.c));
+    }
+    if (m.begin == piece.begin && m.end == piece.end) return;
+    m.begin = piece.begin, m.end = piece.end;
+    m.steps.clear(), m.zeros.clear();
+    const index_t first = piece.begin * s - op.rows.before, n = (piece.end - piece.begin - 1) * s + k;
+    for (index_t u = 0; u < n; ++u) {
+      if (u % s >= k) continue;
+      const index_t h = op.rows.source(first + u), to = slot(u);
+      if (h < 0) {
+        m.zeros.add() = to;
+        continue;
+      }
+      const bool inside = together > 1 && h == first + u && h + together <= op.rows.in && u + together <= n;
+      m.steps.add() = {h, to, inside && s == 2 ? slot(u + 1) : s * phase_pitch};
+      if (inside) u += together - 1;
+    }
+  }
+
+  void build(Columns<acc>& columns, const acc* taps) const {
+    const Axis& axis = op.cols;
+    columns.clear();
+    if (together > 1) {
+      // Rows of one phase side by side.
+      const int each = together / s * out_w;
+      return columns.template add<T>(0, 1, s * each, together * in_w, [&](int i, auto&& visit) INLINED {
+        const index_t row = i % each / out_w * s + i / each;
+        axis.inputs_of(i % out_w, [&](index_t x, int q) INLINED { visit(row * in_w + x, taps[q]); });
       });
-      if (!pattern[b].terms) return false;
     }
-    return true;
+    // Interior: no tap sees a border, and no window is cut off at the end of the row.
+    const index_t step = in_block * axis.stride, reach = (in_block - 1) * axis.stride + axis.taps;
+    const index_t interior = (axis.before + step - 1) / step;
+    const index_t ends = reach <= window ? window : reach + window;
+    const index_t repeats = axis.in + axis.before < ends ? 0 : min((axis.in + axis.before - ends) / step + 1, out_w / in_block) - interior;
+    columns.result_step = in_block, columns.source_step = step;
+    for (index_t j = 0; j < out_w;) {
+      const index_t blocks = j == interior * in_block && repeats > 0 ? repeats : 1;
+      columns.template add<T>(j, blocks, min(in_block, out_w - j), in_w, [&](int i, auto&& visit) INLINED {
+        axis.inputs_of(j + i, [&](index_t x, int q) INLINED { visit(x, taps[q]); });
+      });
+      j += blocks * in_block;
+    }
   }
 
-  void run(index_t begin, index_t end, const Pattern<acc>* pattern) const {
-    const Scratch<acc> buffer(group * pitch);
-    const Scratch<T> results(group * to_plane + Lanes<T>::unit);
-    const bool bypass = bypasses_caches<T>(op);
-    for (index_t plane = begin; plane < end; plane += group) {
-      const int planes = min(group, end - plane);
-      for (int r = 0; r < planes; ++r) widen_plane(plane + r, buffer.data + r * pitch);
-      const char* next = static_cast<const char*>(op.src) + (plane + planes) * op.src_stride.c * sizeof(T);
-      // The last vector first: what it has in excess is still to be stored in the next plane.
-      for (index_t b = patterns - 1; b >= 0; --b) {
-        const auto store = [&](int r, index_t, auto v) INLINED { Lanes<T>::store_vector(results.data + r * to_plane + b * V::lanes, v); };
-        const Ahead ahead = b == 0 ? Ahead{next, from_plane * index_t(sizeof(T))} : Ahead{nullptr, 0};
-        unrolled<is_tuned<acc>>(pattern[b].terms, [&](auto m) INLINED {
-          if (pattern[b].wide()) pattern[b].template apply<m, true>(buffer.data + pattern[b].base, 0, 1, pitch, planes, ahead, store);
-          else pattern[b].template apply<m, false>(buffer.data + pattern[b].base, 0, 1, pitch, planes, ahead, store);
+  void run(const Piece& piece, Memory& m, T* results) const {
+    prepare(m, piece);
+    const T* src = this->plane(piece.n, piece.c);
+    const Strides& stride = op.src_stride;
+    // Asked for on the way: the rows of the next piece.
+    const index_t ahead = (cut.strips == 1 ? piece.planes * stride.c : (piece.end - piece.begin) * s * stride.h) * sizeof(T);
+    const bool whole = stride.w == 1 && (in_w >= window || piece.roomy);
+    for (index_t b = 0; b < m.columns.blocks.size(); ++b) {
+      const auto& block = m.columns.blocks[b];
+      if (!whole || !block.single) {
+        sum_part_by_part(piece, m, block);
+        continue;
+      }
+      const Across across{src, m.buffer.data, piece.planes, stride.c, plane_pitch, stride.h, &m.steps[0], m.steps.size(), m.columns.pattern[block.pattern],
+                          block.repeats, block.result, m.columns.source_step, m.columns.result_step, ahead, piece.c};
+      unrolled<is_tuned<acc>>(across.pattern.terms, [&](auto terms) INLINED {
+        together > 1 && s == 2 ? sum_columns<terms, true>(across, together / 2 * out_w, pre) : sum_columns<terms, false>(across, 0, pre);
+      });
+    }
+    for (int q = 0; q < piece.planes; ++q)
+      for (index_t i = 0; i < m.zeros.size(); ++i) std::memset(m.buffer.data + q * plane_pitch + m.zeros[i], 0, out_w * sizeof(acc));
+
+    const Terms<acc> terms{&m.tap[0], this->taps_h(piece.c), k};
+    const index_t rows = piece.end - piece.begin;
+    const Lines lines = pitch == out_w ? Lines{piece.planes, plane_pitch, 1, 0, rows * out_w} : Lines{piece.planes, plane_pitch, rows, pitch, out_w};
+    unrolled<is_tuned<acc>>(k, [&](auto count) INLINED { Base::template sum_lines<count>(terms, m.buffer.data, results, lines); });
+  }
+
+  // One block of all rows of a piece.
+  struct Across {
+    const T* src;
+    acc* sums;
+    index_t planes, plane_stride, plane_pitch, row_stride;
+    const Step* steps;
+    index_t rows;
+    const Pattern<acc>& pattern;
+    index_t repeats, result, source_step, result_step, ahead, channel;
+  };
+  template <int M, bool OTHER>
+  NOINLINED static void sum_columns(const Across a, int others, const Pre pre) {
+    const typename Pattern<acc>::template Held<M, true> sum(a.pattern);
+    typename V::index shift = iota<acc>(0, 1) + others;
+    for (int i = 0; i < V::lanes; ++i) shift[i] = min(shift[i], V::lanes - 1);
+    const T* plane = a.src + a.pattern.base;
+    acc* sums = a.sums + a.result;
+    for (index_t q = 0; q < a.planes; ++q, plane += a.plane_stride, sums += a.plane_pitch)
+      for (const Step *step = a.steps, *end = step + a.rows; step < end; ++step) {
+        const T* p = plane + step->row * a.row_stride;
+        acc *to = sums + step->to, *other = OTHER ? sums + step->other : nullptr;
+        for (index_t r = a.repeats; r > 0; --r, p += a.source_step, to += a.result_step) {
+          __builtin_prefetch(reinterpret_cast<const char*>(p) + a.ahead, 0, 2);
+          if (sizeof(T) > 2) __builtin_prefetch(reinterpret_cast<const char*>(p) + a.ahead + 64, 0, 2);
+          const auto v = sum(pre.row(Lanes<T>::load(p), a.channel + q));
+          V::store(to, v);
+          if (OTHER) V::store(other, __builtin_shuffle(v, shift));
+        }
+      }
+  }
+
+  // The same where windows end early, where there are several, or where pixels are apart.
+  void sum_part_by_part(const Piece& piece, const Memory& m, const typename Columns<acc>::Block& block) const {
+    const index_t stride = op.src_stride.w;
+    for (int q = 0; q < piece.planes; ++q)
+      for (index_t i = 0; i < m.steps.size(); ++i) {
+        const Step& step = m.steps[i];
+        const T* row = this->plane(piece.n, piece.c + q) + step.row * op.src_stride.h;
+        acc* sums = m.buffer.data + q * plane_pitch;
+        const index_t limit = in_w * min(together, op.rows.in - step.row);
+        for (index_t r = 0; r < block.repeats; ++r) {
+          typename V::type v{};
+          for (index_t w = 0; w < block.patterns; ++w) {
+            const Pattern<acc>& pattern = m.columns.pattern[block.pattern + w];
+            const index_t x = pattern.base + r * m.columns.source_step, n = min(limit - x, window);
+            const T* p = row + x * stride;
+            v += pattern.part(pre.row(stride != 1 ? gathered(p, stride, n, [](const T* copy) { return Lanes<T>::load(copy); })
+                                      : n < window ? Lanes<T>::load(p, n)
+                                                   : Lanes<T>::load(p),
+                                      piece.c + q));
+          }
+          V::store(sums + step.to + block.result + r * m.columns.result_step, v);
+          if (together > 1 && s == 2)
+            for (int lane = together / 2 * out_w; lane < V::lanes; ++lane) sums[step.other + lane - together / 2 * out_w] = v[lane];
+        }
+      }
+  }
+};
+
+template <typename T, typename Pre>
+struct Adjoint : PlanesBase<T> {
+  using Base = PlanesBase<T>;
+  using typename Base::acc, typename Base::V;
+  using Base::op, Base::window;
+  static constexpr index_t goal = 8192;  // results
+
+  const Pre& pre;
+  const index_t in_w, out_w;  // of the blur: the result is in_w wide
+  const int k, s, past;       // of the rows; the source rows before its own that a row reads
+  Cut cut;
+  index_t held, plane_pitch, phase_pitch;  // buffered source rows of a plane, and their elements
+
+  Adjoint(const BlurPool& o, const Pre& p)
+      : Base{o}, pre(p), in_w(o.cols.in), out_w(o.cols.out), k(o.rows.taps), s(o.rows.stride), past((k - 1) / s),
+        cut(op.rows.in, max(8, goal / in_w), op.rows.in * in_w, goal) {
+    held = (cut.rows - 1) / s + 2 + past;
+    plane_pitch = held * out_w;
+    phase_pitch = round_up(cut.planes * plane_pitch, V::lanes) + 2 * window;
+  }
+
+  struct Fold {
+    index_t to, from;  // rows: of the result, of the source
+    acc tap;
+  };
+  struct Memory {
+    Columns<acc> columns;
+    List<Fold> folds;
+    List<index_t> offset;
+    List<acc> tap;  // phase after phase
+    List<index_t> row;  // where each row of the result finds its sums
+    Scratch<acc> source, sums;
+    index_t begin = -1, end = -1, channel = -1;
+    explicit Memory(const Adjoint& a) : source(a.phase_pitch + a.past * a.out_w), sums(a.s * a.phase_pitch) {}
+  };
+
+  void prepare(Memory& m, const Piece& piece) const {
+    if (m.channel < 0 || (op.per_channel && m.channel != piece.c)) {
+      m.channel = piece.c;
+      build(m.columns, this->taps_w(piece.c));
+      const acc* taps = this->taps_h(piece.c);
+      m.offset.clear(), m.tap.clear(), m.folds.clear();
+      for (int phase = 0; phase < s; ++phase)
+        for (int p = phase; p < k; p += s) m.offset.add() = (past - p / s) * out_w, m.tap.add() = taps[p];
+      for (index_t t = op.rows.first(); t < op.rows.last(); t = t == -1 ? max(op.rows.in, 0) : t + 1) {
+        const index_t h = op.rows.source(t);
+        if (t < 0 || t >= op.rows.in)
+          if (h >= 0) op.rows.outputs_at(t, [&](index_t o, int p) INLINED { m.folds.add() = {h, o, taps[p]}; });
+      }
+    }
+    if (m.begin == piece.begin && m.end == piece.end) return;
+    m.begin = piece.begin, m.end = piece.end;
+    m.row.clear();
+    const index_t first = (piece.begin + op.rows.before) / s * s;
+    for (index_t h = piece.begin; h < piece.end; ++h) {
+      const index_t u = h + op.rows.before - first;
+      m.row.add() = u % s * phase_pitch + u / s * out_w;
+    }
+  }
+
+  void build(Columns<acc>& columns, const acc* taps) const {
+    const Axis& axis = op.cols;
+    columns.clear();
+    const index_t in_block = max(1, V::lanes / axis.stride) * axis.stride;
+    // Interior: no tap is cut off at either end of the row, and no border shows one of these pixels.
+    const index_t reach = max(max(-axis.first(), axis.last() - axis.in), 0);
+    const index_t first = max(reach + 1, axis.taps - 1 - axis.before), last = min(in_w - 1 - reach, out_w * axis.stride - axis.before);
+    const index_t interior = (first + in_block - 1) / in_block;
+    const index_t repeats = in_block > V::lanes || last < V::lanes ? 0 : (last - V::lanes) / in_block + 1 - interior;
+    columns.result_step = in_block, columns.source_step = in_block / axis.stride;
+    for (index_t i = 0; i < in_w;) {
+      const index_t blocks = i == interior * in_block && repeats > 0 ? repeats : 1;
+      columns.template add<acc>(i, blocks, min(V::lanes, in_w - i), index_t(1) << 62, [&](int lane, auto&& visit) INLINED {
+        axis.outputs_of(i + lane, [&](index_t from, int q) INLINED { visit(from, taps[q]); });
+      });
+      i += blocks * min(in_block, V::lanes);
+    }
+  }
+
+  void run(const Piece& piece, Memory& m, T* results) const {
+    prepare(m, piece);
+    const T* src = this->plane(piece.n, piece.c);
+    const Strides& stride = op.src_stride;
+    // Source rows, zero where there are none.
+    const index_t first = (piece.begin + op.rows.before) / s - past, last = (piece.end - 1 + op.rows.before) / s + 1;
+    const index_t begin = min(max(first, 0), op.rows.out), end = max(begin, min(last, op.rows.out));
+    const bool dense = stride.w == 1 && stride.h == out_w;
+    const index_t lines = dense ? 1 : end - begin, line = dense ? (end - begin) * out_w : out_w;
+    const index_t ahead = (cut.strips == 1 ? piece.planes * stride.c : (end - begin) * stride.h) * sizeof(T);
+    for (int q = 0; q < piece.planes; ++q) {
+      acc* to = m.source.data + q * plane_pitch;
+      const auto zero = [&](index_t from, index_t until) { std::memset(to + (from - first) * out_w, 0, (until - from) * out_w * sizeof(acc)); };
+      zero(first, begin);
+      for (index_t l = 0; l < lines; ++l) {
+        const T* p = src + q * stride.c + begin * stride.h + l * stride.h;
+        for (index_t x = 0; x < line; x += V::lanes) {
+          __builtin_prefetch(reinterpret_cast<const char*>(p + x * stride.w) + ahead, 0, 2);
+          V::store(to + (begin - first) * out_w + l * line + x, pre.row(this->load_some(p + x * stride.w, line - x), piece.c + q));
+        }
+      }
+      zero(end, last);
+    }
+    for (int phase = 0, n = 0; phase < s; ++phase) {
+      const int count = (k - phase + s - 1) / s;
+      acc* to = m.sums.data + phase * phase_pitch;
+      const index_t width = piece.planes * plane_pitch;
+      if (phase >= k) {
+        std::memset(to, 0, width * sizeof(acc));
+        continue;
+      }
+      const Terms<acc> terms{&m.offset[n], &m.tap[n], count};
+      const Lines lines{1, 0, 1, 0, width};
+      unrolled<is_tuned<acc>>(count, [&](auto unrolled_count) INLINED { Base::template sum_lines<unrolled_count>(terms, m.source.data, to, lines); });
+      n += count;
+    }
+    // What the border shows once more.
+    for (index_t f = 0; f < m.folds.size(); ++f) {
+      const Fold& fold = m.folds[f];
+      if (fold.to < piece.begin || fold.to >= piece.end) continue;
+      for (int q = 0; q < piece.planes; ++q) {
+        const T* row = src + q * stride.c + fold.from * stride.h;
+        acc* to = m.sums.data + q * plane_pitch + m.row[fold.to - piece.begin];
+        for (index_t x = 0; x < out_w; x += V::lanes)
+          V::store(to + x, V::load(to + x) + pre.row(this->load_some(row + x * stride.w, out_w - x), piece.c + q) * fold.tap);
+      }
+    }
+
+    // The last columns first: what a vector has in excess is still to be stored in the row below.
+    for (index_t b = m.columns.blocks.size() - 1; b >= 0; --b) {
+      const auto& block = m.columns.blocks[b];
+      const Pattern<acc>* pattern = &m.columns.pattern[block.pattern];
+      const Across across{m.sums.data, results + block.result, piece.planes, plane_pitch, &m.row[0], m.row.size(), in_w, pattern, block.patterns,
+                          block.repeats, m.columns.source_step, m.columns.result_step};
+      if (!block.single) {
+        spread(across, [&](const acc* from) INLINED {
+          typename V::type v{};
+          for (index_t w = 0; w < across.patterns; ++w) v += pattern[w].part(Lanes<acc>::load(from + pattern[w].base));
+          return v;
         });
+        continue;
       }
-      flush(static_cast<T*>(op.dst) + plane * to_plane, results.data, planes * to_plane, bypass);
+      unrolled<is_tuned<acc>>(pattern->terms, [&](auto terms) INLINED {
+        pattern->wide ? spread_columns<terms, true>(across) : spread_columns<terms, false>(across);
+      });
     }
-    settle();
   }
 
-  // One source plane, row after row without a gap.
-  void widen_plane(index_t plane, acc* to) const {
-    const Strides& s = op.src_stride;
-    const index_t c = plane % op.channels;
-    const T* src = static_cast<const T*>(op.src) + plane / op.channels * s.n + c * s.c;
-    const bool dense = s.w == 1 && s.h == op.cols.out;
-    const index_t rows = dense ? 1 : op.rows.out, width = dense ? from_plane : op.cols.out;
-    for (index_t h = 0; h < rows; ++h)
-      for (index_t x = 0; x < width; x += V::lanes) {
-        const T* p = src + h * s.h + x * s.w;
-        const index_t n = width - x;
-        const auto v = s.w != 1        ? gathered(p, s.w, n, [](const T* copy) { return load<false>(copy); })
-                       : n >= V::lanes ? load<false>(p)
-                                       : load<false>(p, n);
-        V::store(to + h * op.cols.out + x, pre.row(v, c));
+  struct Across {
+    const acc* sums;
+    T* results;
+    index_t planes, plane_pitch;
+    const index_t* row;
+    index_t rows, in_w;
+    const Pattern<acc>* pattern;
+    index_t patterns, repeats, source_step, result_step;
+  };
+  template <typename Sum>
+  INLINED static void spread(const Across a, Sum&& sum) {
+    const acc* sums = a.sums;
+    T* line = a.results;
+    for (index_t q = 0; q < a.planes; ++q, sums += a.plane_pitch)
+      for (const index_t *row = a.row, *end = row + a.rows; row < end; ++row, line += a.in_w) {
+        const acc* from = sums + *row;
+        T* to = line;
+        for (index_t r = a.repeats; r > 0; --r, from += a.source_step, to += a.result_step) Lanes<T>::store_vector(to, sum(from));
       }
+  }
+  template <int M, bool WIDE>
+  NOINLINED static void spread_columns(const Across a) {
+    const typename Pattern<acc>::template Held<M, WIDE> sum(*a.pattern);
+    const index_t base = a.pattern->base;
+    spread(a, [=](const acc* from) INLINED { return sum({V::load(from + base), WIDE ? V::load(from + base + V::lanes) : typename V::type{}}); });
   }
 };
 
 template <typename T, bool ADJOINT, typename Pre>
 void blur_planes(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
-  using P = Planes<T, ADJOINT, Pre>;
-  const P planes{op, pre};
-  if constexpr (ADJOINT && is_tuned<acc_t<T>>) {
-    const SmallPlanes<T, Pre> small{op, pre};
-    const Scratch<Pattern<acc_t<T>>> patterns(small.may_serve() ? small.patterns : 0);
-    if (small.may_serve() && small.build(patterns.data))
-      return parallel(op.batch * op.channels, max(1, grain_pixels / small.to_plane),
-                      [&](index_t begin, index_t end) { small.run(begin, end, patterns.data); });
-  }
-  typename P::Tables shared(op);
-  if (!op.per_channel) shared.build(planes, 0);
-  parallel(op.batch * op.channels * planes.out_rows, max(1, grain_pixels / max(op.cols.in, 1)), [&](index_t begin, index_t end) INLINED {
-    if (!op.per_channel) return planes.run(begin, end, shared);
-    typename P::Tables own(op);
-    planes.run(begin, end, own);
-  });
+  using Side = std::conditional_t<ADJOINT, Adjoint<T, Pre>, Forward<T, Pre>>;
+  const Side side(op, pre);
+  const Cut& cut = side.cut;
+  const index_t out_rows = results<ADJOINT>(op.rows), out_cols = results<ADJOINT>(op.cols), planes = op.batch * op.channels;
+  parallel(planes * cut.strips, max(1, grain_pixels / max(cut.rows * (ADJOINT ? op.cols.in : op.cols.in * op.rows.stride), 1)),
+           [&](index_t begin, index_t end) {
+             typename Side::Memory memory(side);
+             const Scratch<T> results(cut.planes * cut.rows * out_cols + Lanes<T>::unit);
+             const bool bypass = bypasses_caches<T>(op);
+             for (index_t item = begin; item < end;) {
+               const index_t plane = item / cut.strips, strip = item % cut.strips;
+               const Strides& s = op.src_stride;
+               Piece piece{plane / op.channels, plane % op.channels, 1, strip * cut.rows, min((strip + 1) * cut.rows, out_rows), false};
+               if (!op.per_channel && cut.strips == 1) piece.planes = min(min(cut.planes, end - item), op.channels - piece.c);
+               if (piece.planes > 1 && plane + piece.planes == planes) --piece.planes;  // the last one may have no room
+               const index_t last = plane + piece.planes - 1;
+               piece.roomy = (op.batch - 1 - last / op.channels) * s.n + (op.channels - 1 - last % op.channels) * s.c >= Lanes<T>::unit;
+               side.run(piece, memory, results.data);
+               flush(static_cast<T*>(op.dst) + (plane * out_rows + piece.begin) * out_cols, results.data,
+                     piece.planes * (piece.end - piece.begin) * out_cols, bypass);
+               item += piece.planes;
+             }
+             settle();
+           });
 }
 
 }  // namespace

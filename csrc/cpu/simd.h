@@ -16,6 +16,8 @@
 
 // Helpers and loop bodies: a call would pass vectors through memory.
 #define INLINED __attribute__((always_inline))
+// Inner loops: alone in their function, they have all its registers.
+#define NOINLINED __attribute__((noinline))
 
 namespace aliasfused {
 namespace AF_ISA {
