@@ -100,7 +100,7 @@ struct Forward : PlanesBase<T> {
 
   Cut cut_of() {
     const index_t fit = (window - op.cols.taps) / op.cols.stride + 1;
-    in_block = op.cols.taps <= window && fit >= V::lanes / 2 ? min(fit, V::lanes) : V::lanes;
+    in_block = in_w > window && op.cols.taps <= window && fit >= V::lanes / 2 ? min(fit, V::lanes) : V::lanes;
     if (op.src_stride.w == 1 && op.src_stride.h == in_w && s <= 2 && op.rows.in * out_w <= goal)
       together = max(1, min(window / in_w, V::lanes / out_w) / s * s);
     pitch = together > 1 || out_w <= in_block ? out_w : out_w + V::lanes;
@@ -192,7 +192,9 @@ struct Forward : PlanesBase<T> {
       const Across across{src, m.buffer.data, piece.planes, stride.c, plane_pitch, stride.h, &m.steps[0], m.steps.size(), m.columns.pattern[block.pattern],
                           block.repeats, block.result, m.columns.source_step, m.columns.result_step, ahead, piece.c};
       unrolled<is_tuned<acc>>(across.pattern.terms, [&](auto terms) INLINED {
-        together > 1 && s == 2 ? sum_columns<terms, true>(across, together / 2 * out_w, pre) : sum_columns<terms, false>(across, 0, pre);
+        // Short rows: half a vector is stored, which costs less where it straddles cache lines.
+        if (together > 1 && s == 2) sum_columns<terms, 2>(across, together / 2 * out_w, pre);
+        else together == 1 && out_w <= V::lanes / 2 ? sum_columns<terms, 1>(across, 0, pre) : sum_columns<terms, 0>(across, 0, pre);
       });
     }
     for (int q = 0; q < piece.planes; ++q)
@@ -214,7 +216,7 @@ struct Forward : PlanesBase<T> {
     const Pattern<acc>& pattern;
     index_t repeats, result, source_step, result_step, ahead, channel;
   };
-  template <int M, bool OTHER>
+  template <int M, int HALVES>
   NOINLINED static void sum_columns(const Across a, int others, const Pre pre) {
     const typename Pattern<acc>::template Held<M, true> sum(a.pattern);
     typename V::index shift = iota<acc>(0, 1) + others;
@@ -224,13 +226,14 @@ struct Forward : PlanesBase<T> {
     for (index_t q = 0; q < a.planes; ++q, plane += a.plane_stride, sums += a.plane_pitch)
       for (const Step *step = a.steps, *end = step + a.rows; step < end; ++step) {
         const T* p = plane + step->row * a.row_stride;
-        acc *to = sums + step->to, *other = OTHER ? sums + step->other : nullptr;
+        acc *to = sums + step->to, *other = HALVES == 2 ? sums + step->other : nullptr;
         for (index_t r = a.repeats; r > 0; --r, p += a.source_step, to += a.result_step) {
           __builtin_prefetch(reinterpret_cast<const char*>(p) + a.ahead, 0, 2);
           if (sizeof(T) > 2) __builtin_prefetch(reinterpret_cast<const char*>(p) + a.ahead + 64, 0, 2);
-          const auto v = sum(pre.row(Lanes<T>::load(p), a.channel + q));
-          V::store(to, v);
-          if (OTHER) V::store(other, __builtin_shuffle(v, shift));
+          const Unit<acc> u = pre.row(Lanes<T>::load(p), a.channel + q);
+          const auto v = sum({in_register(u.a), in_register(u.b)});
+          HALVES ? V::store_half(to, v) : V::store(to, v);
+          if (HALVES == 2) V::store_half(other, __builtin_shuffle(v, shift));
         }
       }
   }
@@ -352,19 +355,12 @@ struct Adjoint : PlanesBase<T> {
     const bool dense = stride.w == 1 && stride.h == out_w;
     const index_t lines = dense ? 1 : end - begin, line = dense ? (end - begin) * out_w : out_w;
     const index_t ahead = (cut.strips == 1 ? piece.planes * stride.c : (end - begin) * stride.h) * sizeof(T);
-    for (int q = 0; q < piece.planes; ++q) {
-      acc* to = m.source.data + q * plane_pitch;
-      const auto zero = [&](index_t from, index_t until) { std::memset(to + (from - first) * out_w, 0, (until - from) * out_w * sizeof(acc)); };
-      zero(first, begin);
-      for (index_t l = 0; l < lines; ++l) {
-        const T* p = src + q * stride.c + begin * stride.h + l * stride.h;
-        for (index_t x = 0; x < line; x += V::lanes) {
-          __builtin_prefetch(reinterpret_cast<const char*>(p + x * stride.w) + ahead, 0, 2);
-          V::store(to + (begin - first) * out_w + l * line + x, pre.row(this->load_some(p + x * stride.w, line - x), piece.c + q));
-        }
-      }
-      zero(end, last);
-    }
+    const Widen widen{src + begin * stride.h, m.source.data + (begin - first) * out_w, stride.c, plane_pitch, stride.h, out_w, lines, line,
+                      cut.strips == 1 ? plane_pitch - (end - begin) * out_w : (last - end) * out_w, ahead, piece.c};
+    std::memset(m.source.data, 0, (begin - first) * out_w * sizeof(acc));
+    if (stride.w == 1) widen_planes(widen, piece.planes, pre);
+    else
+      widen_lines(widen, piece.planes, [&](const T* p, index_t x, index_t n, index_t c) INLINED { return pre.row(this->load_some(p + x * stride.w, n), c); });
     for (int phase = 0, n = 0; phase < s; ++phase) {
       const int count = (k - phase + s - 1) / s;
       acc* to = m.sums.data + phase * phase_pitch;
@@ -410,6 +406,33 @@ struct Adjoint : PlanesBase<T> {
     }
   }
 
+  // Lines of every plane to floats, each plane with `zeros` elements after it and before the next.
+  struct Widen {
+    const T* src;
+    acc* to;
+    index_t plane_stride, plane_pitch, stride, pitch, lines, length, zeros, ahead, channel;
+  };
+  template <typename Load>
+  INLINED static void widen_lines(const Widen a, index_t planes, Load&& load) {
+    const T* plane = a.src;
+    acc* sums = a.to;
+    for (index_t q = 0; q < planes; ++q, plane += a.plane_stride, sums += a.plane_pitch) {
+      const T* p = plane;
+      acc* to = sums;
+      for (index_t l = 0; l < a.lines; ++l, p += a.stride, to += a.pitch)
+        for (index_t x = 0; x < a.length; x += V::lanes) {
+          __builtin_prefetch(reinterpret_cast<const char*>(p + x) + a.ahead, 0, 2);
+          V::store(to + x, load(p, x, a.length - x, a.channel + q));
+        }
+      for (index_t x = 0; x < a.zeros; x += V::lanes) V::store(sums + a.lines * a.length + x, typename V::type{});
+    }
+  }
+  NOINLINED static void widen_planes(const Widen a, index_t planes, const Pre pre) {
+    widen_lines(a, planes, [=](const T* p, index_t x, index_t n, index_t c) INLINED {
+      return pre.row(n >= V::lanes ? Lanes<T>::load_vector(p + x) : Lanes<T>::load_vector(p + x, n), c);
+    });
+  }
+
   struct Across {
     const acc* sums;
     T* results;
@@ -434,7 +457,7 @@ struct Adjoint : PlanesBase<T> {
   NOINLINED static void spread_columns(const Across a) {
     const typename Pattern<acc>::template Held<M, WIDE> sum(*a.pattern);
     const index_t base = a.pattern->base;
-    spread(a, [=](const acc* from) INLINED { return sum({V::load(from + base), WIDE ? V::load(from + base + V::lanes) : typename V::type{}}); });
+    spread(a, [=](const acc* from) INLINED { return sum({in_register(V::load(from + base)), WIDE ? in_register(V::load(from + base + V::lanes)) : typename V::type{}}); });
   }
 };
 

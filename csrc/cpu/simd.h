@@ -50,7 +50,25 @@ struct Vector {
 
   INLINED static type load(const acc* p) { return *reinterpret_cast<const unaligned*>(p); }
   INLINED static void store(acc* p, type v) { *reinterpret_cast<unaligned*>(p) = v; }
+  INLINED static void store_half(acc* p, type v) {
+#if defined(__AVX512BW__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256((__m512i)v));
+#elif defined(__AVX2__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128((__m256i)v));
+#else
+    std::memcpy(p, &v, sizeof v / 2);
+#endif
+  }
 };
+
+// Loaded once, where the compiler would rather load it again for every use.
+template <typename V>
+INLINED inline V in_register(V v) {
+#if defined(__AVX2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 
 template <typename acc>
 struct Unit {
@@ -230,8 +248,19 @@ struct Lanes<bfloat16> : HalfLanes<Lanes<bfloat16>, bfloat16> {
   static constexpr bool is_split = true;
   typedef uint32_t Unsigned __attribute__((vector_size(vector_bytes)));
 
-  INLINED static Unit<float> widen(Bits v) { return {(V::type)(v << 16), (V::type)(v & (int32_t)0xffff0000)}; }
-  INLINED static V::type widen(HalfVector v) { return (V::type)(__builtin_convertvector(v, Unsigned) << 16); }
+  INLINED static Unit<float> widen(Bits v) {
+    v = in_register(v);
+    return {(V::type)(v << 16), (V::type)(v & (int32_t)0xffff0000)};
+  }
+  INLINED static V::type widen(HalfVector v) {
+#if defined(__AVX512BW__)
+    return (V::type)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16);
+#elif defined(__AVX2__)
+    return (V::type)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
+#else
+    return (V::type)(__builtin_convertvector(v, Unsigned) << 16);
+#endif
+  }
 #if defined(__AVX512BF16__)
   INLINED static Bits narrow(Unit<float> u) {
     // Natural order out of the conversion, so the split unit is joined first.
