@@ -86,12 +86,37 @@ struct Columns {
 
   void clear() { blocks.clear(), pattern.clear(); }
 
+  // Gives every pattern as many terms as the largest has, and returns how many: the last one is shared out.
+  int even_out() {
+    int most = 0;
+    for (index_t i = 0; i < pattern.size(); ++i) most = max(most, pattern[i].terms);
+    for (index_t i = 0; i < pattern.size(); ++i) {
+      Pattern<acc>& p = pattern[i];
+      const int last = p.terms - 1;
+      if (last < 0) continue;
+      const auto share = p.weight[last] / acc(most - last);
+      for (int m = last; m < most; ++m) p.lane[m] = p.lane[last], p.mask[m] = p.mask[last], p.weight[m] = share;
+      p.terms = most;
+    }
+    return most;
+  }
+
   // A block of `used` results; terms_of_lane(i, visit) visits the source and the weight of every term of lane i. A window
   // ends at `limit`, where the row is long enough for one, and holds its sources in the lane order of T.
   template <typename T, typename TermsOfLane>
   void add(index_t result, index_t repeats, int used, index_t limit, TermsOfLane&& terms_of_lane) {
     terms.clear();
-    for (int i = 0; i < used; ++i) terms_of_lane(i, [&](index_t source, acc weight) INLINED { terms.add() = {source, weight, i}; });
+    for (int i = 0; i < used; ++i) {
+      const index_t own = terms.size();
+      terms_of_lane(i, [&](index_t source, acc weight) INLINED {
+        for (index_t t = own; t < terms.size(); ++t)
+          if (terms[t].source == source) {  // a border shows the same pixel twice
+            terms[t].weight += weight;
+            return;
+          }
+        terms.add() = {source, weight, i};
+      });
+    }
     Block& block = blocks.add();
     block = {result, repeats, pattern.size(), 0, true};
     for (index_t left = terms.size(); left || !block.patterns; ++block.patterns) {

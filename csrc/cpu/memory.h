@@ -47,22 +47,49 @@ inline bool bypasses_caches(const BlurPool& op) {
   return op.batch * op.channels * (op.rows.in * op.cols.in + op.rows.out * op.cols.out) * index_t(sizeof(T)) > cached_bytes;
 }
 
+// Results in the order of memory, whatever their alignment: they are staged where they will lie within a cache line, so that
+// whole lines can go on their way while the rest is still being computed.
 template <typename T>
-inline void flush(T* dst, const T* results, index_t n, bool bypass) {
+struct Outflow {
+  static constexpr index_t line = 64 / sizeof(T), lag = 12 * line;  // what was just stored cannot be loaded yet
+  const T* staged;  // lies as dst does
+  T* dst;
+  index_t next;  // the first element that is still here
+  bool bypass;
+
+  static T* stage(T* buffer, const T* dst) { return buffer + reinterpret_cast<uintptr_t>(dst) % 64 / sizeof(T); }
+  Outflow(const T* results, T* to, bool bypass_caches)
+      : staged(results), dst(to), next(bypass_caches ? -reinterpret_cast<uintptr_t>(to) % 64 / sizeof(T) : 0), bypass(bypass_caches) {}
+
+  // All before `written` is there.
+  INLINED void pass(index_t written) {
 #if defined(__AVX512BW__)
-  if (bypass && n * sizeof(T) >= 128) {
-    const index_t head = -reinterpret_cast<uintptr_t>(dst) % 64 / sizeof(T);
-    std::memcpy(dst, results, head * sizeof(T));
-    constexpr index_t line = 64 / sizeof(T);
-    index_t i = head;
-    for (; i + line <= n; i += line) _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(results + i));
-    dst += i, results += i, n -= i;
-  }
+    if (bypass)
+      for (; next + line + lag <= written; next += line) pass_line();
 #else
-  (void)bypass;
+    (void)written;
 #endif
-  std::memcpy(dst, results, n * sizeof(T));
-}
+  }
+  void finish(index_t n) {
+    index_t head = 0;
+#if defined(__AVX512BW__)
+    if (bypass) {
+      head = min(n, -reinterpret_cast<uintptr_t>(dst) % 64 / sizeof(T));
+      std::memcpy(dst, staged, head * sizeof(T));
+      for (; next + line <= n; next += line) pass_line();
+      head = max(head, next);
+    }
+#endif
+    if (n > head) std::memcpy(dst + head, staged + head, (n - head) * sizeof(T));
+  }
+
+ private:
+  INLINED void pass_line() {
+#if defined(__AVX512BW__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + next), _mm512_load_si512(staged + next));
+#endif
+  }
+};
 
 // At the end of a thread's work: what bypassed the caches becomes visible before anything that follows.
 inline void settle() {

@@ -176,7 +176,7 @@ struct Forward : PlanesBase<T> {
     }
   }
 
-  void run(const Piece& piece, Memory& m, T* results) const {
+  void run(const Piece& piece, Memory& m, T* results, Outflow<T>& out) const {
     prepare(m, piece);
     const T* src = this->plane(piece.n, piece.c);
     const Strides& stride = op.src_stride;
@@ -203,6 +203,7 @@ struct Forward : PlanesBase<T> {
     const Terms<acc> terms{&m.tap[0], this->taps_h(piece.c), k};
     const index_t rows = piece.end - piece.begin;
     const Lines lines = pitch == out_w ? Lines{piece.planes, plane_pitch, 1, 0, rows * out_w} : Lines{piece.planes, plane_pitch, rows, pitch, out_w};
+    (void)out;
     unrolled<is_tuned<acc>>(k, [&](auto count) INLINED { Base::template sum_lines<count>(terms, m.buffer.data, results, lines); });
   }
 
@@ -276,6 +277,8 @@ struct Adjoint : PlanesBase<T> {
   const Pre& pre;
   const index_t in_w, out_w;  // of the blur: the result is in_w wide
   const int k, s, past;       // of the rows; the source rows before its own that a row reads
+  int together = 1;           // short rows of the result that are made as one
+  static constexpr int together_blocks = 4, tuned_terms = 4;
   Cut cut;
   index_t held, plane_pitch, phase_pitch;  // buffered source rows of a plane, and their elements
 
@@ -285,36 +288,48 @@ struct Adjoint : PlanesBase<T> {
     held = (cut.rows - 1) / s + 2 + past;
     plane_pitch = held * out_w;
     phase_pitch = round_up(cut.planes * plane_pitch, V::lanes) + 2 * window;
+    if (is_tuned<acc> && s == 2 && out_w <= V::lanes) together = min(2 * (V::lanes / out_w), together_blocks * V::lanes / in_w / 2 * 2);
+    if (together < 2) together = 1;
   }
 
-  struct Fold {
-    index_t to, from;  // rows: of the result, of the source
-    acc tap;
+  // A row that the border shows once more: its sum is made anew.
+  struct Term {
+    index_t row;
+    acc weight;
+  };
+  struct Border {
+    index_t row, first, terms;  // its terms are [first, first + terms)
+    bool near;                  // all of them lie where any row of its place finds its own
   };
   struct Memory {
     Columns<acc> columns;
-    List<Fold> folds;
+    List<Border> borders;
+    List<Term> terms_of_borders;
     List<index_t> offset;
     List<acc> tap;  // phase after phase
     List<index_t> row;  // where each row of the result finds its sums
     Scratch<acc> source, sums;
     index_t begin = -1, end = -1, channel = -1;
+    bool together = false;
+    int terms = 0;  // of every block, where there are three or less: one at either end, and one that is repeated between
     explicit Memory(const Adjoint& a) : source(a.phase_pitch + a.past * a.out_w), sums(a.s * a.phase_pitch) {}
   };
 
   void prepare(Memory& m, const Piece& piece) const {
     if (m.channel < 0 || (op.per_channel && m.channel != piece.c)) {
       m.channel = piece.c;
-      build(m.columns, this->taps_w(piece.c));
+      m.together = together > 1 && build_together(m.columns, this->taps_w(piece.c));
+      if (!m.together) {
+        build(m.columns, this->taps_w(piece.c));
+        m.terms = three_blocks(m.columns);
+      }
       const acc* taps = this->taps_h(piece.c);
-      m.offset.clear(), m.tap.clear(), m.folds.clear();
+      m.offset.clear(), m.tap.clear(), m.borders.clear(), m.terms_of_borders.clear();
       for (int phase = 0; phase < s; ++phase)
         for (int p = phase; p < k; p += s) m.offset.add() = (past - p / s) * out_w, m.tap.add() = taps[p];
-      for (index_t t = op.rows.first(); t < op.rows.last(); t = t == -1 ? max(op.rows.in, 0) : t + 1) {
-        const index_t h = op.rows.source(t);
-        if (t < 0 || t >= op.rows.in)
-          if (h >= 0) op.rows.outputs_at(t, [&](index_t o, int p) INLINED { m.folds.add() = {h, o, taps[p]}; });
-      }
+      const index_t reach = max(max(-op.rows.first(), op.rows.last() - op.rows.in), 0);
+      for (index_t h = 0; reach && op.rows.border != aliasfused::Border::zeros && h < op.rows.in; h = h == reach ? max(h + 1, op.rows.in - 1 - reach) : h + 1)
+        add_border(m, h, taps);
     }
     if (m.begin == piece.begin && m.end == piece.end) return;
     m.begin = piece.begin, m.end = piece.end;
@@ -324,6 +339,46 @@ struct Adjoint : PlanesBase<T> {
       const index_t u = h + op.rows.before - first;
       m.row.add() = u % s * phase_pitch + u / s * out_w;
     }
+    for (int i = 1; i < together; ++i) m.row.add() = 0;
+  }
+
+  int three_blocks(Columns<acc>& columns) const {
+    const auto& blocks = columns.blocks;
+    bool fits = is_tuned<acc> && blocks.size() <= 3;
+    for (index_t b = 0; fits && b < blocks.size(); ++b)
+      fits = blocks[b].single && !columns.pattern[b].wide && (blocks[b].repeats == 1 || (b == 1 && blocks.size() == 3));
+    const int terms = fits ? columns.even_out() : 0;
+    return terms <= tuned_terms ? terms : 0;
+  }
+
+  void add_border(Memory& m, index_t h, const acc* taps) const {
+    const index_t own = (h + op.rows.before) / s, first = m.terms_of_borders.size();
+    bool near = true;
+    op.rows.outputs_of(h, [&](index_t o, int p) INLINED {
+      near &= own - past <= o && o <= own;
+      for (index_t t = first; t < m.terms_of_borders.size(); ++t)
+        if (m.terms_of_borders[t].row == o) {
+          m.terms_of_borders[t].weight += taps[p];
+          return;
+        }
+      m.terms_of_borders.add() = {o, taps[p]};
+    });
+    const index_t terms = m.terms_of_borders.size() - first;
+    m.borders.add() = {h, first, terms, near && terms > 0};
+  }
+
+  // Rows of either phase side by side in one vector of a window.
+  bool build_together(Columns<acc>& columns, const acc* taps) const {
+    columns.clear();
+    bool fits = true;
+    for (int b = 0; b < together_blocks; ++b) {
+      columns.template add<acc>(0, 1, max(min(V::lanes, together * in_w - b * V::lanes), 0), window, [&](int lane, auto&& visit) INLINED {
+        const index_t row = (b * V::lanes + lane) / in_w, x = (b * V::lanes + lane) % in_w;
+        op.cols.outputs_of(x, [&](index_t from, int q) INLINED { visit(row % 2 * V::lanes + row / 2 * out_w + from, taps[q]); });
+      });
+      fits &= columns.blocks[b].single;
+    }
+    return fits && columns.even_out() <= tuned_terms;
   }
 
   void build(Columns<acc>& columns, const acc* taps) const {
@@ -345,7 +400,7 @@ struct Adjoint : PlanesBase<T> {
     }
   }
 
-  void run(const Piece& piece, Memory& m, T* results) const {
+  void run(const Piece& piece, Memory& m, T* results, Outflow<T>& out) const {
     prepare(m, piece);
     const T* src = this->plane(piece.n, piece.c);
     const Strides& stride = op.src_stride;
@@ -354,9 +409,10 @@ struct Adjoint : PlanesBase<T> {
     const index_t begin = min(max(first, 0), op.rows.out), end = max(begin, min(last, op.rows.out));
     const bool dense = stride.w == 1 && stride.h == out_w;
     const index_t lines = dense ? 1 : end - begin, line = dense ? (end - begin) * out_w : out_w;
-    const index_t ahead = (cut.strips == 1 ? piece.planes * stride.c : (end - begin) * stride.h) * sizeof(T);
+    const index_t span = cut.strips == 1 ? piece.planes * stride.c : (end - begin) * stride.h;
+    const Ahead ahead_of{reinterpret_cast<const char*>(src + begin * stride.h + span), span * index_t(sizeof(T)) / (piece.planes * (piece.end - piece.begin))};
     const Widen widen{src + begin * stride.h, m.source.data + (begin - first) * out_w, stride.c, plane_pitch, stride.h, out_w, lines, line,
-                      cut.strips == 1 ? plane_pitch - (end - begin) * out_w : (last - end) * out_w, ahead, piece.c};
+                      cut.strips == 1 ? plane_pitch - (end - begin) * out_w : (last - end) * out_w, piece.c};
     std::memset(m.source.data, 0, (begin - first) * out_w * sizeof(acc));
     if (stride.w == 1) widen_planes(widen, piece.planes, pre);
     else
@@ -374,23 +430,42 @@ struct Adjoint : PlanesBase<T> {
       unrolled<is_tuned<acc>>(count, [&](auto unrolled_count) INLINED { Base::template sum_lines<unrolled_count>(terms, m.source.data, to, lines); });
       n += count;
     }
-    // What the border shows once more.
-    for (index_t f = 0; f < m.folds.size(); ++f) {
-      const Fold& fold = m.folds[f];
-      if (fold.to < piece.begin || fold.to >= piece.end) continue;
-      for (int q = 0; q < piece.planes; ++q) {
-        const T* row = src + q * stride.c + fold.from * stride.h;
-        acc* to = m.sums.data + q * plane_pitch + m.row[fold.to - piece.begin];
-        for (index_t x = 0; x < out_w; x += V::lanes)
-          V::store(to + x, V::load(to + x) + pre.row(this->load_some(row + x * stride.w, out_w - x), piece.c + q) * fold.tap);
-      }
+    for (index_t i = 0; i < m.borders.size(); ++i) {
+      const Border& border = m.borders[i];
+      if (border.row < piece.begin || border.row >= piece.end) continue;
+      acc* to = m.sums.data + m.row[border.row - piece.begin];
+      const Term* terms = &m.terms_of_borders[border.first];
+      if (border.near) sum_border(m.source.data - first * out_w, to, terms, border.terms, piece.planes, plane_pitch, out_w);
+      else
+        for (int q = 0; q < piece.planes; ++q)
+          for (index_t x = 0; x < out_w; x += V::lanes) {
+            typename V::type v{};
+            for (index_t t = 0; t < border.terms; ++t)
+              v += pre.row(this->load_some(src + q * stride.c + terms[t].row * stride.h + x * stride.w, out_w - x), piece.c + q) * terms[t].weight;
+            Lanes<acc>::store_vector(to + q * plane_pitch + x, v, min(out_w - x, V::lanes));
+          }
     }
 
+    const index_t rows = piece.end - piece.begin;
+    Spread all{m.sums.data, results, piece.planes, plane_pitch, &m.row[0], rows, in_w, &m.columns.pattern[0], together, 0, 0, 0, 0, ahead_of};
+    if (m.together) {
+      all.ahead.share *= together;
+      return unrolled<is_tuned<acc>>(m.columns.pattern[0].terms, [&](auto terms) INLINED { spread_together<terms>(all, out); });
+    }
+    if (m.terms) {
+      const auto& blocks = m.columns.blocks;
+      const auto& interior = blocks[blocks.size() == 3 ? 1 : 0];
+      all.repeats = blocks.size() == 3 ? interior.repeats : 0;
+      all.first = blocks[blocks.size() == 3 ? 1 : 0].result, all.last = blocks[blocks.size() - 1].result;
+      all.source_step = m.columns.source_step, all.result_step = m.columns.result_step;
+      all.blocks = blocks.size();
+      return unrolled<is_tuned<acc>>(m.terms, [&](auto terms) INLINED { spread_rows<terms>(all, out); });
+    }
     // The last columns first: what a vector has in excess is still to be stored in the row below.
     for (index_t b = m.columns.blocks.size() - 1; b >= 0; --b) {
       const auto& block = m.columns.blocks[b];
       const Pattern<acc>* pattern = &m.columns.pattern[block.pattern];
-      const Across across{m.sums.data, results + block.result, piece.planes, plane_pitch, &m.row[0], m.row.size(), in_w, pattern, block.patterns,
+      const Across across{m.sums.data, results + block.result, piece.planes, plane_pitch, &m.row[0], rows, in_w, pattern, block.patterns,
                           block.repeats, m.columns.source_step, m.columns.result_step};
       if (!block.single) {
         spread(across, [&](const acc* from) INLINED {
@@ -406,11 +481,20 @@ struct Adjoint : PlanesBase<T> {
     }
   }
 
+  NOINLINED static void sum_border(const acc* source, acc* to, const Term* terms, index_t count, index_t planes, index_t pitch, index_t out_w) {
+    for (index_t q = 0; q < planes; ++q, source += pitch, to += pitch)
+      for (index_t x = 0; x < out_w; x += V::lanes) {
+        auto v = V::load(source + terms[0].row * out_w + x) * terms[0].weight;
+        for (index_t t = 1; t < count; ++t) v += V::load(source + terms[t].row * out_w + x) * terms[t].weight;
+        Lanes<acc>::store_vector(to + x, v, min(out_w - x, V::lanes));
+      }
+  }
+
   // Lines of every plane to floats, each plane with `zeros` elements after it and before the next.
   struct Widen {
     const T* src;
     acc* to;
-    index_t plane_stride, plane_pitch, stride, pitch, lines, length, zeros, ahead, channel;
+    index_t plane_stride, plane_pitch, stride, pitch, lines, length, zeros, channel;
   };
   template <typename Load>
   INLINED static void widen_lines(const Widen a, index_t planes, Load&& load) {
@@ -421,7 +505,6 @@ struct Adjoint : PlanesBase<T> {
       acc* to = sums;
       for (index_t l = 0; l < a.lines; ++l, p += a.stride, to += a.pitch)
         for (index_t x = 0; x < a.length; x += V::lanes) {
-          __builtin_prefetch(reinterpret_cast<const char*>(p + x) + a.ahead, 0, 2);
           V::store(to + x, load(p, x, a.length - x, a.channel + q));
         }
       for (index_t x = 0; x < a.zeros; x += V::lanes) V::store(sums + a.lines * a.length + x, typename V::type{});
@@ -431,6 +514,66 @@ struct Adjoint : PlanesBase<T> {
     widen_lines(a, planes, [=](const T* p, index_t x, index_t n, index_t c) INLINED {
       return pre.row(n >= V::lanes ? Lanes<T>::load_vector(p + x) : Lanes<T>::load_vector(p + x, n), c);
     });
+  }
+
+  // All columns of rows in turn.
+  struct Spread {
+    const acc* sums;
+    T* results;
+    index_t planes, plane_pitch;
+    const index_t* row;
+    index_t rows, in_w;
+    const Pattern<acc>* pattern;
+    index_t together, blocks, repeats, first, last;
+    Ahead ahead;
+    index_t source_step = 0, result_step = 0;
+  };
+  template <int M>
+  NOINLINED static void spread_together(Spread a, Outflow<T>& outflow) {
+    if constexpr (M >= 1 && M <= tuned_terms) {
+      using Held = typename Pattern<acc>::template Held<M, true>;
+      const Held sum[together_blocks] = {Held(a.pattern[0]), Held(a.pattern[1]), Held(a.pattern[2]), Held(a.pattern[3])};
+      const acc* sums = a.sums;
+      T* plane = a.results;
+      Outflow<T> out = outflow;
+      for (index_t q = 0; q < a.planes; ++q, sums += a.plane_pitch, plane += a.rows * a.in_w) {
+        T* to = plane;
+        for (index_t h = 0; h < a.rows; h += a.together, to += a.together * a.in_w) {
+          const Unit<acc> u{in_register(V::load(sums + a.row[h])), in_register(V::load(sums + a.row[h + 1]))};
+          Lanes<T>::store_natural(to, {sum[0](u), sum[1](u)});
+          Lanes<T>::store_natural(to + window, {sum[2](u), sum[3](u)});
+          a.ahead();
+          out.pass(to - a.results);
+        }
+      }
+      outflow.next = out.next;
+    }
+  }
+  // A block at either end, and those between, which share a pattern.
+  template <int M>
+  NOINLINED static void spread_rows(Spread a, Outflow<T>& outflow) {
+    if constexpr (M >= 1 && M <= tuned_terms) {
+      using Held = typename Pattern<acc>::template Held<M, false>;
+      const Held left(a.pattern[0]), interior(a.pattern[a.blocks == 3 ? 1 : 0]), right(a.pattern[a.blocks - 1]);
+      const index_t bases[3] = {a.pattern[0].base, a.pattern[a.blocks == 3 ? 1 : 0].base, a.pattern[a.blocks - 1].base};
+      const acc* sums = a.sums;
+      T* line = a.results;
+      Outflow<T> out = outflow;
+      const auto at = [](const acc* p) INLINED { const auto v = in_register(V::load(p)); return Unit<acc>{v, v}; };
+      for (index_t q = 0; q < a.planes; ++q, sums += a.plane_pitch)
+        for (const index_t *row = a.row, *end = row + a.rows; row < end; ++row, line += a.in_w) {
+          const acc* from = sums + *row;
+          Lanes<T>::store_vector(line, left(at(from + bases[0])));
+          const acc* between = from + bases[1];
+          T* to = line + a.first;
+          for (index_t r = a.repeats; r > 0; --r, between += a.source_step, to += a.result_step)
+            Lanes<T>::store_vector(to, interior(at(between)));
+          Lanes<T>::store_vector(line + a.last, right(at(from + bases[2])));
+          a.ahead();
+          out.pass(line - a.results);
+        }
+      outflow.next = out.next;
+    }
   }
 
   struct Across {
@@ -470,7 +613,7 @@ void blur_planes(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
   parallel(planes * cut.strips, max(1, grain_pixels / max(cut.rows * (ADJOINT ? op.cols.in : op.cols.in * op.rows.stride), 1)),
            [&](index_t begin, index_t end) {
              typename Side::Memory memory(side);
-             const Scratch<T> results(cut.planes * cut.rows * out_cols + Lanes<T>::unit);
+             const Scratch<T> buffer(cut.planes * cut.rows * out_cols + 4 * Lanes<T>::unit);
              const bool bypass = bypasses_caches<T>(op);
              for (index_t item = begin; item < end;) {
                const index_t plane = item / cut.strips, strip = item % cut.strips;
@@ -480,9 +623,11 @@ void blur_planes(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
                if (piece.planes > 1 && plane + piece.planes == planes) --piece.planes;  // the last one may have no room
                const index_t last = plane + piece.planes - 1;
                piece.roomy = (op.batch - 1 - last / op.channels) * s.n + (op.channels - 1 - last % op.channels) * s.c >= Lanes<T>::unit;
-               side.run(piece, memory, results.data);
-               flush(static_cast<T*>(op.dst) + (plane * out_rows + piece.begin) * out_cols, results.data,
-                     piece.planes * (piece.end - piece.begin) * out_cols, bypass);
+               T* dst = static_cast<T*>(op.dst) + (plane * out_rows + piece.begin) * out_cols;
+               T* results = Outflow<T>::stage(buffer.data, dst);
+               Outflow<T> out(results, dst, bypass);
+               side.run(piece, memory, results, out);
+               out.finish(piece.planes * (piece.end - piece.begin) * out_cols);
                item += piece.planes;
              }
              settle();

@@ -120,6 +120,7 @@ struct WideLanes {
     store(p, u);
 #endif
   }
+  INLINED static void store_natural(acc* p, Unit<acc> u) { store(p, u); }
   INLINED static typename V::type load_vector(const acc* p) { return V::load(p); }
   INLINED static void store_vector(acc* p, typename V::type v) { V::store(p, v); }
   INLINED static typename V::type load_vector(const acc* p, int n) {
@@ -223,6 +224,13 @@ struct HalfLanes {
 #else
     store(p, u);
 #endif
+  }
+  // A unit in natural order, whatever the order of the other functions.
+  INLINED static void store_natural(T* p, Unit<float> u) {
+#if defined(__AVX512BF16__)
+    if constexpr (Self::is_split) return HalfBits::store(p, (Bits)_mm512_cvtne2ps_pbh(u.b, u.a));
+#endif
+    store_vector(p, u.a), store_vector(p + V::lanes, u.b);
   }
   INLINED static V::type load_vector(const T* p) { return Self::widen(*reinterpret_cast<const unaligned_half*>(p)); }
   INLINED static void store_vector(T* p, V::type v) { *reinterpret_cast<unaligned_half*>(p) = Self::narrow(v); }
