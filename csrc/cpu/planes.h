@@ -40,6 +40,18 @@ struct Cut {
   }
 };
 
+// Where rows u = 0, 1, ... of the extended map lie in a buffer by phase.
+struct Slots {
+  const int stride;
+  const index_t phase_pitch, pitch;
+  index_t phase = 0, at = 0, of_first_phase = 0;
+  Slots(int s, index_t phases, index_t rows) : stride(s), phase_pitch(phases), pitch(rows) {}
+  INLINED void next() {
+    if (++phase < stride) at += phase_pitch;
+    else phase = 0, at = of_first_phase += pitch;
+  }
+};
+
 template <typename T>
 struct PlanesBase {
   using acc = acc_t<T>;
@@ -137,16 +149,18 @@ struct Forward : PlanesBase<T> {
     m.begin = piece.begin, m.end = piece.end;
     m.steps.clear(), m.zeros.clear();
     const index_t first = piece.begin * s - op.rows.before, n = (piece.end - piece.begin - 1) * s + k;
-    for (index_t u = 0; u < n; ++u) {
-      if (u % s >= k) continue;
-      const index_t h = op.rows.source(first + u), to = slot(u);
+    Slots slot(s, phase_pitch, pitch);
+    for (index_t u = 0; u < n; ++u, slot.next()) {
+      if (slot.phase >= k) continue;
+      const index_t h = op.rows.source(first + u), to = slot.at;
       if (h < 0) {
         m.zeros.add() = to;
         continue;
       }
       const bool inside = together > 1 && h == first + u && h + together <= op.rows.in && u + together <= n;
-      m.steps.add() = {h, to, inside && s == 2 ? slot(u + 1) : s * phase_pitch};
-      if (inside) u += together - 1;
+      if (inside)
+        for (int i = 1; i < together; ++i, ++u) slot.next();
+      m.steps.add() = {h, to, inside && s == 2 ? this->slot(u - together + 2) : s * phase_pitch};
     }
   }
 
@@ -288,7 +302,7 @@ struct Adjoint : PlanesBase<T> {
     held = (cut.rows - 1) / s + 2 + past;
     plane_pitch = held * out_w;
     phase_pitch = round_up(cut.planes * plane_pitch, V::lanes) + 2 * window;
-    if (is_tuned<acc> && s == 2 && out_w <= V::lanes) together = min(2 * (V::lanes / out_w), together_blocks * V::lanes / in_w / 2 * 2);
+    if (is_tuned<acc> && s == 2 && cut.strips == 1 && k > 1 && past < tuned_terms && out_w <= V::lanes) together = min(2 * (V::lanes / out_w), together_blocks * V::lanes / in_w / 2 * 2);
     if (together < 2) together = 1;
   }
 
@@ -301,8 +315,16 @@ struct Adjoint : PlanesBase<T> {
     index_t row, first, terms;  // its terms are [first, first + terms)
     bool near;                  // all of them lie where any row of its place finds its own
   };
+  struct Group {
+    static constexpr int later = 2;  // source rows after its own that a row can read, where a border shows it once more
+    index_t source[2];
+    bool regular;  // every lane has the terms of its phase and no others
+    typename V::type weight[2][later + tuned_terms];
+    typename V::index mask[2][later + tuned_terms];
+  };
   struct Memory {
     Columns<acc> columns;
+    List<Group> groups;
     List<Border> borders;
     List<Term> terms_of_borders;
     List<index_t> offset;
@@ -312,13 +334,13 @@ struct Adjoint : PlanesBase<T> {
     index_t begin = -1, end = -1, channel = -1;
     bool together = false;
     int terms = 0;  // of every block, where there are three or less: one at either end, and one that is repeated between
-    explicit Memory(const Adjoint& a) : source(a.phase_pitch + a.past * a.out_w), sums(a.s * a.phase_pitch) {}
+    explicit Memory(const Adjoint& a) : source(a.phase_pitch + (a.past + 2 * tuned_terms) * a.out_w), sums(a.s * a.phase_pitch) {}
   };
 
   void prepare(Memory& m, const Piece& piece) const {
     if (m.channel < 0 || (op.per_channel && m.channel != piece.c)) {
       m.channel = piece.c;
-      m.together = together > 1 && build_together(m.columns, this->taps_w(piece.c));
+      m.together = together > 1 && build_together(m, piece.c);
       if (!m.together) {
         build(m.columns, this->taps_w(piece.c));
         m.terms = three_blocks(m.columns);
@@ -334,12 +356,9 @@ struct Adjoint : PlanesBase<T> {
     if (m.begin == piece.begin && m.end == piece.end) return;
     m.begin = piece.begin, m.end = piece.end;
     m.row.clear();
-    const index_t first = (piece.begin + op.rows.before) / s * s;
-    for (index_t h = piece.begin; h < piece.end; ++h) {
-      const index_t u = h + op.rows.before - first;
-      m.row.add() = u % s * phase_pitch + u / s * out_w;
-    }
-    for (int i = 1; i < together; ++i) m.row.add() = 0;
+    Slots slot(s, phase_pitch, out_w);
+    for (index_t u = (piece.begin + op.rows.before) % s; u > 0; --u) slot.next();
+    for (index_t h = piece.begin; h < piece.end; ++h, slot.next()) m.row.add() = slot.at;
   }
 
   int three_blocks(Columns<acc>& columns) const {
@@ -367,19 +386,46 @@ struct Adjoint : PlanesBase<T> {
     m.borders.add() = {h, first, terms, near && terms > 0};
   }
 
-  // Rows of either phase side by side in one vector of a window.
-  bool build_together(Columns<acc>& columns, const acc* taps) const {
+  // Short rows: `together` rows of the result are sums of two vectors, one for the rows of either phase, side by side. These
+  // are sums of vectors of source rows, each lane with the weight of its own row.
+  bool build_together(Memory& m, index_t channel) const {
+    Columns<acc>& columns = m.columns;
     columns.clear();
-    bool fits = true;
+    const acc *taps_w = this->taps_w(channel), *taps_h = this->taps_h(channel);
     for (int b = 0; b < together_blocks; ++b) {
       columns.template add<acc>(0, 1, max(min(V::lanes, together * in_w - b * V::lanes), 0), window, [&](int lane, auto&& visit) INLINED {
         const index_t row = (b * V::lanes + lane) / in_w, x = (b * V::lanes + lane) % in_w;
-        op.cols.outputs_of(x, [&](index_t from, int q) INLINED { visit(row % 2 * V::lanes + row / 2 * out_w + from, taps[q]); });
+        op.cols.outputs_of(x, [&](index_t from, int q) INLINED { visit(row % 2 * V::lanes + row / 2 * out_w + from, taps_w[q]); });
       });
-      fits &= columns.blocks[b].single;
+      if (!columns.blocks[b].single) return false;
     }
-    return fits && columns.even_out() <= tuned_terms;
+    const int terms = past + 1;
+    m.groups.clear();
+    // A border can show a pixel to a result that has all its own terms already.
+    const int terms_of_columns = columns.even_out();
+    if (terms_of_columns != terms && terms_of_columns != terms + 1) return false;
+    bool fits = true;
+    for (index_t h = 0; h < op.rows.in; h += together) {
+      Group& group = m.groups.add();
+      std::memset(static_cast<void*>(&group), 0, sizeof group);
+      group.regular = true;
+      for (int v = 0; v < 2; ++v) {
+        const index_t own = (h + v + op.rows.before) / 2;
+        group.source[v] = (own - op.rows.before / 2 + past) * out_w;
+        for (int i = 0; 2 * i + v < together && h + 2 * i + v < op.rows.in; ++i)
+          op.rows.outputs_of(h + 2 * i + v, [&](index_t o, int p) INLINED {
+            const index_t t = own + i - o;
+            fits &= -group.later <= t && t < tuned_terms;
+            group.regular &= 0 <= t && t < terms - fewer(v);
+            for (index_t j = 0; fits && j < out_w; ++j)
+              group.weight[v][group.later + t][i * out_w + j] += taps_h[p], group.mask[v][group.later + t][i * out_w + j] = -1;
+          });
+      }
+    }
+    return fits;
   }
+  // Of an odd number of taps, one phase has one less.
+  int fewer(int v) const { return k % 2 && (v + op.rows.before) % 2; }
 
   void build(Columns<acc>& columns, const acc* taps) const {
     const Axis& axis = op.cols;
@@ -411,12 +457,27 @@ struct Adjoint : PlanesBase<T> {
     const index_t lines = dense ? 1 : end - begin, line = dense ? (end - begin) * out_w : out_w;
     const index_t span = cut.strips == 1 ? piece.planes * stride.c : (end - begin) * stride.h;
     const Ahead ahead_of{reinterpret_cast<const char*>(src + begin * stride.h + span), span * index_t(sizeof(T)) / (piece.planes * (piece.end - piece.begin))};
-    const Widen widen{src + begin * stride.h, m.source.data + (begin - first) * out_w, stride.c, plane_pitch, stride.h, out_w, lines, line,
+    acc* source = m.source.data + tuned_terms * out_w;  // masked vectors begin ahead of it
+    const Widen widen{src + begin * stride.h, source + (begin - first) * out_w, stride.c, plane_pitch, stride.h, out_w, lines, line,
                       cut.strips == 1 ? plane_pitch - (end - begin) * out_w : (last - end) * out_w, piece.c};
-    std::memset(m.source.data, 0, (begin - first) * out_w * sizeof(acc));
+    std::memset(source, 0, (begin - first) * out_w * sizeof(acc));
     if (stride.w == 1) widen_planes(widen, piece.planes, pre);
     else
       widen_lines(widen, piece.planes, [&](const T* p, index_t x, index_t n, index_t c) INLINED { return pre.row(this->load_some(p + x * stride.w, n), c); });
+    Spread all{m.sums.data, results, piece.planes, plane_pitch, &m.row[0], piece.end - piece.begin, in_w, &m.columns.pattern[0], together, 0, 0, 0, 0, ahead_of};
+    if (m.together) {
+      all.sums = source;
+      all.ahead.share *= together;
+      all.groups = &m.groups[0], all.out_w = out_w;
+      return by_terms(past + 1, [&](auto terms) INLINED {
+        const auto columns = [&](auto n) INLINED {
+          if (fewer(0)) spread_together<terms, n, 1>(all, out);
+          else fewer(1) ? spread_together<terms, n, 2>(all, out) : spread_together<terms, n, 0>(all, out);
+        };
+        if (all.pattern->terms == terms) columns(terms);
+        else columns(std::integral_constant<int, terms + 1>{});
+      });
+    }
     for (int phase = 0, n = 0; phase < s; ++phase) {
       const int count = (k - phase + s - 1) / s;
       acc* to = m.sums.data + phase * phase_pitch;
@@ -427,7 +488,7 @@ struct Adjoint : PlanesBase<T> {
       }
       const Terms<acc> terms{&m.offset[n], &m.tap[n], count};
       const Lines lines{1, 0, 1, 0, width};
-      unrolled<is_tuned<acc>>(count, [&](auto unrolled_count) INLINED { Base::template sum_lines<unrolled_count>(terms, m.source.data, to, lines); });
+      unrolled<is_tuned<acc>>(count, [&](auto unrolled_count) INLINED { Base::template sum_lines<unrolled_count>(terms, source, to, lines); });
       n += count;
     }
     for (index_t i = 0; i < m.borders.size(); ++i) {
@@ -435,7 +496,7 @@ struct Adjoint : PlanesBase<T> {
       if (border.row < piece.begin || border.row >= piece.end) continue;
       acc* to = m.sums.data + m.row[border.row - piece.begin];
       const Term* terms = &m.terms_of_borders[border.first];
-      if (border.near) sum_border(m.source.data - first * out_w, to, terms, border.terms, piece.planes, plane_pitch, out_w);
+      if (border.near) sum_border(source - first * out_w, to, terms, border.terms, piece.planes, plane_pitch, out_w);
       else
         for (int q = 0; q < piece.planes; ++q)
           for (index_t x = 0; x < out_w; x += V::lanes) {
@@ -447,11 +508,6 @@ struct Adjoint : PlanesBase<T> {
     }
 
     const index_t rows = piece.end - piece.begin;
-    Spread all{m.sums.data, results, piece.planes, plane_pitch, &m.row[0], rows, in_w, &m.columns.pattern[0], together, 0, 0, 0, 0, ahead_of};
-    if (m.together) {
-      all.ahead.share *= together;
-      return unrolled<is_tuned<acc>>(m.columns.pattern[0].terms, [&](auto terms) INLINED { spread_together<terms>(all, out); });
-    }
     if (m.terms) {
       const auto& blocks = m.columns.blocks;
       const auto& interior = blocks[blocks.size() == 3 ? 1 : 0];
@@ -526,20 +582,40 @@ struct Adjoint : PlanesBase<T> {
     const Pattern<acc>* pattern;
     index_t together, blocks, repeats, first, last;
     Ahead ahead;
-    index_t source_step = 0, result_step = 0;
+    index_t source_step = 0, result_step = 0, out_w = 0;
+    const Group* groups = nullptr;
   };
-  template <int M>
+  // Sums of M rows and N columns; FEWER: of the first (1) or the second (2) vector's rows, one less.
+  template <int M, int N, int FEWER>
   NOINLINED static void spread_together(Spread a, Outflow<T>& outflow) {
-    if constexpr (M >= 1 && M <= tuned_terms) {
-      using Held = typename Pattern<acc>::template Held<M, true>;
+    if constexpr (M >= 1) {
+      using Held = typename Pattern<acc>::template Held<N, true>;
       const Held sum[together_blocks] = {Held(a.pattern[0]), Held(a.pattern[1]), Held(a.pattern[2]), Held(a.pattern[3])};
-      const acc* sums = a.sums;
+      const acc* source = a.sums;
       T* plane = a.results;
       Outflow<T> out = outflow;
-      for (index_t q = 0; q < a.planes; ++q, sums += a.plane_pitch, plane += a.rows * a.in_w) {
+      const index_t out_w = a.out_w;
+      for (index_t q = 0; q < a.planes; ++q, source += a.plane_pitch, plane += a.rows * a.in_w) {
         T* to = plane;
-        for (index_t h = 0; h < a.rows; h += a.together, to += a.together * a.in_w) {
-          const Unit<acc> u{in_register(V::load(sums + a.row[h])), in_register(V::load(sums + a.row[h + 1]))};
+        const Group* group = a.groups;
+        for (index_t h = 0; h < a.rows; h += a.together, to += a.together * a.in_w, ++group) {
+          const auto rows = [&](int v, int terms) INLINED {
+            const acc* p = source + group->source[v];
+            const auto* weight = &group->weight[v][group->later];
+            auto s = V::load(p) * weight[0];
+#pragma GCC unroll 4
+            for (int t = 1; t < terms; ++t) s += V::load(p - t * out_w) * weight[t];
+            return s;
+          };
+          const auto masked_rows = [&](int v) INLINED {
+            const acc* p = source + group->source[v] + group->later * out_w;
+            typename V::type s{};
+            for (int t = 0; t < group->later + tuned_terms; ++t)
+              s += (typename V::type)((typename V::index)V::load(p - t * out_w) & group->mask[v][t]) * group->weight[v][t];
+            return s;
+          };
+          const Unit<acc> u = group->regular ? Unit<acc>{rows(0, M - (FEWER == 1)), rows(1, M - (FEWER == 2))}
+                                             : Unit<acc>{masked_rows(0), masked_rows(1)};
           Lanes<T>::store_natural(to, {sum[0](u), sum[1](u)});
           Lanes<T>::store_natural(to + window, {sum[2](u), sum[3](u)});
           a.ahead();
@@ -547,6 +623,15 @@ struct Adjoint : PlanesBase<T> {
         }
       }
       outflow.next = out.next;
+    }
+  }
+  template <typename F>
+  INLINED static void by_terms(int n, F&& f) {
+    switch (n) {
+      case 1: return f(std::integral_constant<int, 1>{});
+      case 2: return f(std::integral_constant<int, 2>{});
+      case 3: return f(std::integral_constant<int, 3>{});
+      default: return f(std::integral_constant<int, 4>{});
     }
   }
   // A block at either end, and those between, which share a pattern.
