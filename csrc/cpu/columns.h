@@ -66,7 +66,8 @@ struct Pattern {
   // which an infinite pixel would make a nan.
   typename V::type part(Unit<acc> u) const {
     typename V::type sum{};
-    for (int m = 0; m < terms; ++m) sum += (typename V::type)((typename V::index)__builtin_shuffle(u.a, u.b, lane[m]) & mask[m]) * weight[m];
+    for (int m = 0; m < terms; ++m)
+      sum += (typename V::type)((typename V::index)__builtin_shuffle(u.a, u.b, lane[m]) & mask[m]) * weight[m];
     return sum;
   }
 };
@@ -76,9 +77,9 @@ template <typename acc>
 struct Columns {
   using V = Vector<acc>;
   struct Block {
-    index_t result, repeats;        // first result; blocks like it, one after the other
-    index_t pattern, patterns;      // one for each window
-    bool single;                    // one window, in which every lane has all its terms
+    index_t result, repeats;    // first result; blocks like it, one after the other
+    index_t pattern, patterns;  // one for each window
+    bool single;                // one window, in which every lane has all its terms
   };
   List<Block> blocks;
   List<Pattern<acc>> pattern;

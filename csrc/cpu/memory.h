@@ -52,7 +52,7 @@ inline bool bypasses_caches(const BlurPool& op) {
 template <typename T>
 struct Outflow {
   static constexpr index_t line = 64 / sizeof(T), lag = 12 * line;  // what was just stored cannot be loaded yet
-  const T* staged;  // lies as dst does
+  const T* staged;                                                  // lies as dst does
   T* dst;
   index_t next;  // the first element that is still here
   bool bypass;
