@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import Counter
 
@@ -12,6 +13,9 @@ import torch
 _torchvision = torch.library.Library("torchvision", "DEF")
 _torchvision.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 _torchvision.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+# Packages without which tests skip themselves; CI has them all.
+OPTIONAL = ("timm", "kornia", "onnxruntime", "onnxscript", "psutil", "rich", "typer", "matplotlib")
 
 NOT_EVERY_RUN = {
     "large": "needs several GB of memory",
@@ -42,11 +46,12 @@ def _skip_reasons(config) -> Counter:
 
 
 def _absent(config) -> list[str]:
-    """Skipped backends that a complete machine has: those of the device, and triton as a package."""
+    """What a complete machine has: the backends of the device, triton as a package, and what the tests compare with."""
     device = config.getoption("device")
     wanted = [f"backend {name} on {device}:" for name in ("native", "reference", *["triton"] * (device == "cuda"))]
     wanted.append("triton is not installed")
-    return [reason for reason in _skip_reasons(config) if any(text in reason for text in wanted)]
+    skipped = [reason for reason in _skip_reasons(config) if any(text in reason for text in wanted)]
+    return skipped + [f"{name} is not installed" for name in OPTIONAL if importlib.util.find_spec(name) is None]
 
 
 @pytest.hookimpl(trylast=True)

@@ -113,9 +113,14 @@ class KernelBlur(Blur2d):
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
         before, key = len(errors), prefix + self._kernel
+        buffer = self._buffers.get(self._kernel)
+        values = None if buffer is None else buffer.clone()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if key in state_dict and self._kernel not in self._non_persistent_buffers_set and len(errors) == before:
             try:
                 self._window = self._read(state_dict[key], key)
-            except ValueError as error:
+            except ValueError as error:  # the buffer is then as it was, too
                 errors.append(str(error))
+                if buffer is not None and values is not None:
+                    buffer.copy_(values)
+                    self._buffers[self._kernel] = buffer
