@@ -61,20 +61,24 @@ struct Adjoint : PlanesBase<T> {
     List<Shown> borders;
     List<Term> terms_of_borders;
     List<index_t> offset;
-    List<acc> tap;      // phase after phase
-    List<index_t> row;  // where each row of the result finds its sums
+    List<acc> tap;                 // phase after phase
+    List<index_t>* rows_of_strip;  // where each row of the result finds its sums; made when first met
     Scratch<acc> source, sums;
-    index_t begin = -1, end = -1, channel = -1;
+    index_t channel = -1;
     bool together = false;
     int terms = 0;  // of every block, where there are three or less: one at either end, and one that is repeated between
-    explicit Memory(const Adjoint& a) : source(a.phase_pitch + (a.past + 2 * tuned_terms) * a.out_w), sums(a.s * a.phase_pitch) {}
+    explicit Memory(const Adjoint& a)
+        : rows_of_strip(new List<index_t>[a.cut.strips]),
+          source(a.phase_pitch + (a.past + 2 * tuned_terms) * a.out_w),
+          sums(a.s * a.phase_pitch) {}
+    ~Memory() { delete[] rows_of_strip; }
   };
 
-  void prepare(Memory& m, const Piece& piece) const {
+  const List<index_t>& prepare(Memory& m, const Piece& piece) const {
     if (m.channel < 0 || (op.per_channel && m.channel != piece.c)) {
       m.channel = piece.c;
       m.together = together > 1 && build_together(m, piece.c);
-      if (m.together) return;
+      if (m.together) return m.rows_of_strip[0];
       build(m.columns, this->taps_w(piece.c));
       m.terms = three_blocks(m.columns);
       const acc* taps = this->taps_h(piece.c);
@@ -86,12 +90,12 @@ struct Adjoint : PlanesBase<T> {
            h = h == reach ? max(h + 1, op.rows.in - 1 - reach) : h + 1)
         add_border(m, h, taps);
     }
-    if (m.together || (m.begin == piece.begin && m.end == piece.end)) return;
-    m.begin = piece.begin, m.end = piece.end;
-    m.row.clear();
+    List<index_t>& row = m.rows_of_strip[piece.begin / cut.rows];
+    if (m.together || row.size()) return row;
     Slots slot(s, phase_pitch, out_w);
     for (index_t u = (piece.begin + op.rows.before) % s; u > 0; --u) slot.next();
-    for (index_t h = piece.begin; h < piece.end; ++h, slot.next()) m.row.add() = slot.at;
+    for (index_t h = piece.begin; h < piece.end; ++h, slot.next()) row.add() = slot.at;
+    return row;
   }
 
   int three_blocks(Columns<acc>& columns) const {
@@ -180,7 +184,7 @@ struct Adjoint : PlanesBase<T> {
   }
 
   void run(const Piece& piece, Memory& m, T* results, Outflow<T>& out) const {
-    prepare(m, piece);
+    const List<index_t>& row = prepare(m, piece);
     const T* src = this->plane(piece.n, piece.c);
     const Strides& stride = op.src_stride;
     // Source rows, zero where there are none.
@@ -208,8 +212,7 @@ struct Adjoint : PlanesBase<T> {
       widen_lines(widen, piece.planes,
                   [&](const T* p, index_t x, index_t n, index_t c) INLINED { return pre.row(this->load_some(p + x * stride.w, n), c); });
     const index_t rows = piece.end - piece.begin;
-    Spread all{m.sums.data, results, piece.planes, plane_pitch, &m.row[0], rows, in_w, &m.columns.pattern[0], together, 0, 0,
-               0,           0,       ahead_of};
+    Spread all{m.sums.data, results, piece.planes, plane_pitch, &row[0], rows, in_w, &m.columns.pattern[0], together, 0, 0, 0, 0, ahead_of};
     if (m.together) {
       all.sums = source;
       all.ahead.share *= together;
@@ -223,7 +226,7 @@ struct Adjoint : PlanesBase<T> {
         else columns(std::integral_constant<int, terms + 1>{});
       });
     }
-    sum_rows(piece, m, source - first * out_w, src);
+    sum_rows(piece, m, row, source - first * out_w, src);
     if (m.terms) {
       const auto& blocks = m.columns.blocks;
       const auto& interior = blocks[blocks.size() == 3 ? 1 : 0];
@@ -233,11 +236,11 @@ struct Adjoint : PlanesBase<T> {
       all.blocks = blocks.size();
       return unrolled<is_tuned<acc>>(m.terms, [&](auto terms) INLINED { spread_rows<terms>(all, out); });
     }
-    spread_part_by_part(piece, m, results);
+    spread_part_by_part(piece, m, row, results);
   }
 
   // The sums of every row, by phase; `source` is where row 0 would be. Then again those that the border shows once more.
-  void sum_rows(const Piece& piece, Memory& m, const acc* source, const T* src) const {
+  void sum_rows(const Piece& piece, Memory& m, const List<index_t>& row, const acc* source, const T* src) const {
     const index_t first = (piece.begin + op.rows.before) / s - past;
     for (int phase = 0, n = 0; phase < s; ++phase) {
       const int count = (k - phase + s - 1) / s;
@@ -256,7 +259,7 @@ struct Adjoint : PlanesBase<T> {
     for (index_t i = 0; i < m.borders.size(); ++i) {
       const Shown& border = m.borders[i];
       if (border.row < piece.begin || border.row >= piece.end) continue;
-      acc* to = m.sums.data + m.row[border.row - piece.begin];
+      acc* to = m.sums.data + row[border.row - piece.begin];
       const Term* terms = &m.terms_of_borders[border.first];
       if (border.near) sum_border(source, to, terms, border.terms, piece.planes, plane_pitch, out_w);
       else
@@ -399,14 +402,14 @@ struct Adjoint : PlanesBase<T> {
   }
 
   // The same for any blocks. The last columns first: what a vector has in excess is still to be stored in the row below.
-  void spread_part_by_part(const Piece& piece, const Memory& m, T* results) const {
+  void spread_part_by_part(const Piece& piece, const Memory& m, const List<index_t>& row, T* results) const {
     const index_t rows = piece.end - piece.begin;
     for (index_t b = m.columns.blocks.size() - 1; b >= 0; --b) {
       const auto& block = m.columns.blocks[b];
       const Pattern<acc>* pattern = &m.columns.pattern[block.pattern];
       for (index_t line = 0; line < piece.planes * rows; ++line)
         for (index_t r = 0; r < block.repeats; ++r) {
-          const acc* from = m.sums.data + line / rows * plane_pitch + m.row[line % rows] + r * m.columns.source_step;
+          const acc* from = m.sums.data + line / rows * plane_pitch + row[line % rows] + r * m.columns.source_step;
           typename V::type v{};
           for (index_t w = 0; w < block.patterns; ++w) v += pattern[w].part(Lanes<acc>::load(from + pattern[w].base));
           Lanes<T>::store_vector(results + line * in_w + block.result + r * m.columns.result_step, v);

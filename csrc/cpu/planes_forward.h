@@ -30,10 +30,10 @@ struct Forward : PlanesBase<T> {
     in_block = in_w > window && op.cols.taps <= window && fit >= V::lanes / 2 ? min(fit, V::lanes) : V::lanes;
     if (op.src_stride.w == 1 && op.src_stride.h == in_w && s <= 2 && op.rows.in * out_w <= goal)
       together = max(1, min(window / in_w, V::lanes / out_w) / s * s);
-    pitch = together > 1 || out_w <= in_block ? out_w : out_w + V::lanes;
+    pitch = together > 1 || out_w <= in_block ? out_w : round_up(out_w, V::lanes) + V::lanes;
     // As many rows as keep what two strips both need small.
     const Cut c(op.rows.out, max(8, (goal / pitch - k) / s), op.rows.out * s * pitch, goal);
-    phase_pitch = (c.rows + (k - 1) / s) * pitch + V::lanes;
+    phase_pitch = round_up((c.rows + (k - 1) / s) * pitch, V::lanes) + V::lanes;
     plane_pitch = s * phase_pitch + V::lanes;  // the rest: for rows that nobody reads
     return c;
   }
@@ -45,38 +45,42 @@ struct Forward : PlanesBase<T> {
   };
   struct Memory {
     Columns<acc> columns;
-    List<Step> steps;
-    List<index_t> zeros;  // rows of the buffer
-    List<index_t> tap;    // where the first row of each tap is
+    struct Strip {
+      List<Step> steps;
+      List<index_t> zeros;  // rows of the buffer
+    };
+    Strip* strips;      // made when first met
+    List<index_t> tap;  // where the first row of each tap is
     Scratch<acc> buffer;
-    index_t begin = -1, end = -1, channel = -1;
-    explicit Memory(const Forward& f) : buffer(f.cut.planes * f.plane_pitch + window) {
+    index_t channel = -1;
+    explicit Memory(const Forward& f) : strips(new Strip[f.cut.strips]), buffer(f.cut.planes * f.plane_pitch + window) {
       for (int p = 0; p < f.k; ++p) tap.add() = f.slot(p);
     }
+    ~Memory() { delete[] strips; }
   };
 
-  void prepare(Memory& m, const Piece& piece) const {
+  const typename Memory::Strip& prepare(Memory& m, const Piece& piece) const {
     if (m.channel < 0 || (op.per_channel && m.channel != piece.c)) {
       m.channel = piece.c;
       build(m.columns, this->taps_w(piece.c));
     }
-    if (m.begin == piece.begin && m.end == piece.end) return;
-    m.begin = piece.begin, m.end = piece.end;
-    m.steps.clear(), m.zeros.clear();
+    typename Memory::Strip& strip = m.strips[piece.begin / cut.rows];
+    if (strip.steps.size() || strip.zeros.size()) return strip;
     const index_t first = piece.begin * s - op.rows.before, n = (piece.end - piece.begin - 1) * s + k;
     Slots slot(s, phase_pitch, pitch);
     for (index_t u = 0; u < n; ++u, slot.next()) {
       if (slot.phase >= k) continue;
       const index_t h = op.rows.source(first + u), to = slot.at;
       if (h < 0) {
-        m.zeros.add() = to;
+        strip.zeros.add() = to;
         continue;
       }
       const bool inside = together > 1 && h == first + u && h + together <= op.rows.in && u + together <= n;
       if (inside)
         for (int i = 1; i < together; ++i, ++u) slot.next();
-      m.steps.add() = {h, to, inside && s == 2 ? this->slot(u - together + 2) : s * phase_pitch};
+      strip.steps.add() = {h, to, inside && s == 2 ? this->slot(u - together + 2) : s * phase_pitch};
     }
+    return strip;
   }
 
   void build(Columns<acc>& columns, const acc* taps) const {
@@ -106,7 +110,7 @@ struct Forward : PlanesBase<T> {
   }
 
   void run(const Piece& piece, Memory& m, T* results, Outflow<T>& out) const {
-    prepare(m, piece);
+    const typename Memory::Strip& strip = prepare(m, piece);
     const T* src = this->plane(piece.n, piece.c);
     const Strides& stride = op.src_stride;
     // Asked for on the way: the rows of the next piece.
@@ -115,7 +119,7 @@ struct Forward : PlanesBase<T> {
     for (index_t b = 0; b < m.columns.blocks.size(); ++b) {
       const auto& block = m.columns.blocks[b];
       if (!whole || !block.single) {
-        sum_part_by_part(piece, m, block);
+        sum_part_by_part(piece, m, strip, block);
         continue;
       }
       const Across across{src,
@@ -124,8 +128,8 @@ struct Forward : PlanesBase<T> {
                           stride.c,
                           plane_pitch,
                           stride.h,
-                          &m.steps[0],
-                          m.steps.size(),
+                          &strip.steps[0],
+                          strip.steps.size(),
                           m.columns.pattern[block.pattern],
                           block.repeats,
                           block.result,
@@ -140,7 +144,8 @@ struct Forward : PlanesBase<T> {
       });
     }
     for (int q = 0; q < piece.planes; ++q)
-      for (index_t i = 0; i < m.zeros.size(); ++i) std::memset(m.buffer.data + q * plane_pitch + m.zeros[i], 0, out_w * sizeof(acc));
+      for (index_t i = 0; i < strip.zeros.size(); ++i)
+        std::memset(m.buffer.data + q * plane_pitch + strip.zeros[i], 0, out_w * sizeof(acc));
 
     const Terms<acc> terms{&m.tap[0], this->taps_h(piece.c), k};
     const index_t rows = piece.end - piece.begin;
@@ -183,11 +188,12 @@ struct Forward : PlanesBase<T> {
   }
 
   // The same where windows end early, where there are several, or where pixels are apart.
-  void sum_part_by_part(const Piece& piece, const Memory& m, const typename Columns<acc>::Block& block) const {
+  void sum_part_by_part(const Piece& piece, const Memory& m, const typename Memory::Strip& strip,
+                        const typename Columns<acc>::Block& block) const {
     const index_t stride = op.src_stride.w;
     for (int q = 0; q < piece.planes; ++q)
-      for (index_t i = 0; i < m.steps.size(); ++i) {
-        const Step& step = m.steps[i];
+      for (index_t i = 0; i < strip.steps.size(); ++i) {
+        const Step& step = strip.steps[i];
         const T* row = this->plane(piece.n, piece.c + q) + step.row * op.src_stride.h;
         acc* sums = m.buffer.data + q * plane_pitch;
         const index_t limit = in_w * min(together, op.rows.in - step.row);
