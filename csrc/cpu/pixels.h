@@ -72,15 +72,21 @@ struct Pixels {
       for (int m = 0; m < terms.count; ++m) all_at_hand &= terms.offset[m] >= lo && terms.offset[m] < hi;
       if (all_at_hand) {
         unrolled<is_tuned<W>>(terms.count, [&](auto m) INLINED {
-          const auto sum = [&](index_t u) INLINED {
-            return sum_terms<m>(terms, c + u, [&](index_t x) INLINED { return Lanes<acc>::load(buffer + x - lo + u); });
-          };
+          // By value, for a store may touch anything that is reached through a pointer.
+          const Sources<m, W, acc> sources(terms, buffer - lo);
+          const bool past_caches = bypass;
+          const index_t n = channels, first = c;
+          Ahead next = ahead;
+          T* const to = pixel;
+          const auto sum = [=](index_t u)
+                               INLINED { return sources.sum(u, first + u, [](const acc* p) INLINED { return Lanes<acc>::load(p); }); };
           index_t u = 0;
-          for (; u + unit <= channels; u += unit) {
-            ahead();
-            bypass ? Lanes<T>::stream(pixel + u, sum(u)) : Lanes<T>::store(pixel + u, sum(u));
+          for (; u + unit <= n; u += unit) {
+            next();
+            past_caches ? Lanes<T>::stream(to + u, sum(u)) : Lanes<T>::store(to + u, sum(u));
           }
-          if (u < channels) Lanes<T>::store(pixel + u, sum(u), channels - u);
+          if (u < n) Lanes<T>::store(to + u, sum(u), n - u);
+          ahead = next;
         });
         continue;
       }
@@ -112,21 +118,23 @@ struct Pixels {
     const index_t pixels = is_run ? 1 : hi - lo, length = is_run ? (hi - lo) * channels : channels;
     unrolled<is_tuned<W>>(rows.count, [&](auto m) INLINED {
       for (index_t x = 0; x < pixels; ++x) {
-        const auto at = [&](index_t u, auto&& load) INLINED {
-          const index_t channel = c + (is_run ? u % channels : u);
-          const T* p = src + (lo + x) * next + u * stride;
-          Lanes<acc>::store(buffer + x * pitch + u,
-                            sum_terms<m>(rows, channel, [&](index_t row) INLINED { return pre.pixel(load(p + row), channel); }));
+        const Sources<m, W, T> sources(rows, src + (lo + x) * next);
+        acc* const to = buffer + x * pitch;
+        const index_t n = length, first = c, in_run = is_run ? channels : n;
+        const Pre how = pre;
+        const auto at = [=](index_t u, index_t from, auto&& load) INLINED {
+          const index_t channel = first + u % in_run;
+          Lanes<acc>::store(to + u, sources.sum(from, channel, [&](const T* p) INLINED { return how.pixel(load(p), channel); }));
         };
         if (stride != 1) {
-          for (index_t u = 0; u < length; u += unit)
-            at(u, [&](const T* p)
-                      INLINED { return gathered(p, stride, length - u, [](const T* copy) INLINED { return Lanes<T>::load(copy); }); });
+          for (index_t u = 0; u < n; u += unit)
+            at(u, u * stride,
+               [&](const T* p) INLINED { return gathered(p, stride, n - u, [](const T* copy) INLINED { return Lanes<T>::load(copy); }); });
           continue;
         }
         index_t u = 0;
-        for (; u + unit <= length; u += unit) at(u, [](const T* p) INLINED { return Lanes<T>::load(p); });
-        if (u < length) at(u, [&](const T* p) INLINED { return Lanes<T>::load(p, length - u); });
+        for (; u + unit <= n; u += unit) at(u, u, [](const T* p) INLINED { return Lanes<T>::load(p); });
+        if (u < n) at(u, u, [&](const T* p) INLINED { return Lanes<T>::load(p, n - u); });
       }
     });
   }

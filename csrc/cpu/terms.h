@@ -179,6 +179,30 @@ INLINED inline auto sum_terms(const Terms<W>& t, index_t c, Load&& load) {
   return sum;
 }
 
+// M terms in registers (M = 0: t.count, where they are), beginning at `base`.
+template <int M, typename W, typename T>
+struct Sources {
+  const T* at[M ? M : 1];
+  W weight[M ? M : 1];
+  const T* base;
+  Terms<W> all;
+  INLINED Sources(const Terms<W>& t, const T* p) : base(p), all(t) {
+    for (int m = 0; m < M; ++m) at[m] = p + t.offset[m], weight[m] = t.weight[m];
+  }
+  // The sum `u` elements on, at channel c.
+  template <typename Load>
+  INLINED auto sum(index_t u, index_t c, Load&& load) const {
+    if constexpr (M == 0) {
+      return sum_terms<0>(all, c, [&](index_t offset) INLINED { return load(base + offset + u); });
+    } else {
+      auto sum = weighted(load(at[0] + u), weight[0], c);
+#pragma GCC unroll 9
+      for (int m = 1; m < M; ++m) add(sum, weighted(load(at[m] + u), weight[m], c));
+      return sum;
+    }
+  }
+};
+
 }  // namespace
 }  // namespace AF_ISA
 }  // namespace aliasfused
