@@ -93,10 +93,10 @@ struct Columns {
     for (index_t i = 0; i < pattern.size(); ++i) most = max(most, pattern[i].terms);
     for (index_t i = 0; i < pattern.size(); ++i) {
       Pattern<acc>& p = pattern[i];
-      const int last = p.terms - 1;
-      if (last < 0) continue;
-      const auto share = p.weight[last] / acc(most - last);
-      for (int m = last; m < most; ++m) p.lane[m] = p.lane[last], p.mask[m] = p.mask[last], p.weight[m] = share;
+      for (int m = p.terms - 1; 0 <= m && m + 1 < most; ++m) {
+        p.lane[m + 1] = p.lane[m], p.mask[m + 1] = p.mask[m];
+        p.weight[m] /= acc(2), p.weight[m + 1] = p.weight[m];
+      }
       p.terms = most;
     }
     return most;
@@ -146,12 +146,14 @@ struct Columns {
       p.terms = 0;
       for (int i = 0; i < used; ++i) p.terms = max(p.terms, count[i]), block.single &= count[i] > 0;
       block.single &= left == 0 && block.patterns == 0;
-      // A lane of fewer terms shares its last tap out over the rest, and so needs no mask.
+      // A lane of fewer terms shares its last tap out over the rest, and so needs no mask. In halves, which are exact.
       if (block.single)
         for (int i = 0; i < used; ++i) {
           const int last = count[i] - 1;
-          const acc share = p.weight[last][i] / (p.terms - last);
-          for (int m = last; m < p.terms; ++m) p.lane[m][i] = p.lane[last][i], p.mask[m][i] = -1, p.weight[m][i] = share;
+          for (int m = last; m + 1 < p.terms; ++m) {
+            p.lane[m + 1][i] = p.lane[m][i], p.mask[m + 1][i] = -1;
+            p.weight[m][i] /= 2, p.weight[m + 1][i] = p.weight[m][i];
+          }
         }
     }
   }
