@@ -239,11 +239,14 @@ def test_an_infinity_stays_within_the_windows_that_read_it(value, dtype, memory_
         (5, 1, (4, 40)),
         (4, 3, (7, 41)),
         (12, 2, (3, 19)),
+        (3, 2, (13, 13)),  # short rows, and planes, lie side by side in one vector
+        (4, 2, (14, 14)),
+        (5, 2, (5, 28)),
     ):
         blur = Blur(size, [1.0] * k, [1.0] * k, (stride,) * 2, ((k - 1) // 2, k // 2) * 2, pad_mode)
         for down, shape, touch in ((True, size, blur.forward), (False, blur.out, blur.adjoint)):
             for place in ((0, 0), (shape[0] - 1, shape[1] // 2), (shape[0] // 2, shape[1] - 1)):
-                x = torch.zeros(1, 2, *shape, dtype=dtype)
+                x = torch.zeros(1, 3, *shape, dtype=dtype)
                 x[(0, 1, *place)] = value
                 touched = touch(torch.isfinite(x).logical_not()) > 0
                 x = x.contiguous(memory_format=memory_format)
