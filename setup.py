@@ -19,8 +19,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-V4 = "-march=x86-64-v4"
-X86_ISAS = {"avx2": ["-march=x86-64-v3"], "avx512": [V4], "avx512bf16": [V4, "-mavx512bf16"]}
+V3, V4 = ["-march=x86-64-v3", "-mprfchw"], ["-march=x86-64-v4", "-mprfchw"]
+X86_ISAS = {"avx2": V3, "avx512": V4, "avx512bf16": [*V4, "-mavx512bf16"]}
 ISAS = {"baseline": []} | (X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {})
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 CU_FLAGS = ["-std=c++17", "-O3", "-expt-relaxed-constexpr", "-extended-lambda", "-Xcompiler=-fPIC,-fvisibility=hidden"]

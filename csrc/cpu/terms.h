@@ -46,25 +46,6 @@ index_t most_terms(const Axis& axis) {
   }
 }
 
-// The sources [lo, hi) to keep at hand for results [begin, end): all they read, but for what the border brings from elsewhere.
-struct Range {
-  index_t lo, hi;
-};
-template <bool ADJOINT>
-Range buffered(const Axis& axis, index_t begin, index_t end) {
-  if (!ADJOINT) {
-    const index_t lo = min(max(begin * axis.stride - axis.before, 0), axis.in);
-    return {lo, max(lo, min((end - 1) * axis.stride + axis.taps - axis.before, axis.in))};
-  }
-  const index_t after = max(axis.last() - axis.in, 0);
-  const index_t lo = min(max(begin + axis.before - axis.taps, 0) / axis.stride, axis.out);
-  return {begin ? lo : 0, max(lo, min((end + axis.before + (end == axis.in) * after) / axis.stride + 1, axis.out))};
-}
-// No n results of an adjoint need more at hand.
-inline index_t buffered_by(const Axis& axis, index_t n) {
-  return (n + axis.taps + axis.before + max(axis.last() - axis.in, 0)) / axis.stride + 4;
-}
-
 // A weighted sum of `count` arrays, `offset` elements from a common origin: of source rows, or of buffered columns. A
 // weight is a number, or for taps per channel points to one number for every channel.
 template <typename W>
