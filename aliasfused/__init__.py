@@ -2,18 +2,20 @@
 
 from . import compat, filters, nn
 from .kernels import backends, use_backend
-from .ops import blur_pool1d, blur_pool2d
+from .ops import act_blur_pool2d, blur_pool1d, blur_pool2d, max_blur_pool2d
 from .ops.decompositions import decompositions
 from .surgery import accelerate
 
 __all__ = [
     "accelerate",
+    "act_blur_pool2d",
     "backends",
     "blur_pool1d",
     "blur_pool2d",
     "compat",
     "decompositions",
     "filters",
+    "max_blur_pool2d",
     "nn",
     "use_backend",
 ]

@@ -43,7 +43,14 @@ QUICK_SITES = tuple(site for site in SITES if site.network != "antialiased_resne
 # The quick run compiles at one site only, every dtype and layout: that takes seconds where a measurement takes tenths.
 QUICK_COMPILED = ("64@112",)
 
-OPS = ("blur_pool",)
+OPS = ("blur_pool", "act_blur_pool", "max_blur_pool", "stem_blur_pool")
+# Where each occurs: a ReLU before every blur of a ResNet; VGG's pools; an antialiased ResNet's stem, ReLU and maximum.
+OP_SITES = {
+    "blur_pool": SITES,
+    "act_blur_pool": tuple(site for site in SITES if site.network == "resnet50"),
+    "max_blur_pool": tuple(site for site in SITES if site.network == "vgg" or (site.channels, site.size) == (64, 112)),
+    "stem_blur_pool": tuple(site for site in SITES if (site.channels, site.size) == (64, 112)),
+}
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,11 @@ class Case:
 
     @property
     def fewest_bytes(self) -> int:
-        """What any implementation must move: the large side once, the small side once, whichever is read."""
+        """What any implementation must move: the large side once (twice), the small side once, whichever is read."""
         small = self.batch * self.channels * math.ceil(self.size / self.stride) ** 2
-        return self.input_bytes + small * DTYPES[self.dtype].itemsize
+        # What comes before a blur is not linear: its gradient needs the input again.
+        large = 2 if self.direction == "backward" and self.op != "blur_pool" else 1
+        return large * self.input_bytes + small * DTYPES[self.dtype].itemsize
 
     def input(self, device: str) -> torch.Tensor:
         generator = torch.Generator(device).manual_seed(0)
@@ -94,15 +103,20 @@ class Case:
 
 
 def _sweep(
-    sites: Iterable[Site], dtypes: Iterable[str], taps: Iterable[int], purpose: Purpose, device: str
+    ops: Iterable[str], sites: Iterable[Site], dtypes: Iterable[str], taps: Iterable[int], purpose: Purpose, device: str
 ) -> Iterator[Case]:
-    for op, site, layout, dtype, k in itertools.product(OPS, sites, LAYOUTS, dtypes, taps):
-        case = Case(op, site.network, site.channels, site.size, 1, layout, dtype, k, "forward", purpose)
-        # A GPU is measured at one size only, large enough for both the ratio and the share.
-        large = math.ceil(SHARE_BYTES[device] / case.input_bytes)
-        case = replace(case, batch=large if purpose == "share" or device == "cuda" else RATIO_BATCH)
-        yield case
-        yield replace(case, direction="backward")
+    wanted, lengths = set(sites), set(taps)
+    for op in ops:
+        some = [site for site in OP_SITES[op] if site in wanted]
+        # What comes before a blur takes the same time whatever the filter.
+        own = sorted(lengths if op == "blur_pool" else lengths & {4})
+        for site, layout, dtype, k in itertools.product(some, LAYOUTS, dtypes, own):
+            case = Case(op, site.network, site.channels, site.size, 1, layout, dtype, k, "forward", purpose)
+            # A GPU is measured at one size only, large enough for both the ratio and the share.
+            large = math.ceil(SHARE_BYTES[device] / case.input_bytes)
+            case = replace(case, batch=large if purpose == "share" or device == "cuda" else RATIO_BATCH)
+            yield case
+            yield replace(case, direction="backward")
 
 
 def _calls() -> Iterator[Case]:
@@ -114,22 +128,27 @@ def quick(device: str) -> list[Case]:
     """What ``python -m bench.run`` measures."""
     if device == "cuda":
         sites = [site for site in SITES if site.network == "resnet50" or site.size in (223, 55, 13)]
-        ratios = list(_sweep(sites, ("fp32", "bf16"), (4,), "ratio", device))
+        ratios = list(_sweep(OPS, sites, ("fp32", "bf16"), (4,), "ratio", device))
         return [*ratios, *_calls()]
-    ends = (site for site in SITES if (site.channels, site.size) in ((64, 112), (512, 14)))
-    shares = _sweep(ends, ("fp32", "bf16"), (4,), "share", device)
-    return [*_sweep(QUICK_SITES, ("fp32", "bf16"), (4,), "ratio", device), *shares, *_calls()]
+    ends = [site for site in SITES if (site.channels, site.size) in ((64, 112), (512, 14), (512, 13))]
+    dtypes = ("fp32", "bf16")
+    return [
+        *_sweep(OPS[:1], QUICK_SITES, dtypes, (4,), "ratio", device),
+        *_sweep(OPS[1:], ends, dtypes, (4,), "ratio", device),
+        *_sweep(OPS[:1], ends[:2], dtypes, (4,), "share", device),
+        *_calls(),
+    ]
 
 
 def barred(device: str) -> list[Case]:
     """The grid over which the bars are judged."""
     if device == "cuda":
-        return [*_sweep(SITES, ("fp32", "bf16", "fp16"), TAPS, "ratio", device), *_calls()]
+        return [*_sweep(OPS, SITES, ("fp32", "bf16", "fp16"), TAPS, "ratio", device), *_calls()]
     dtypes = ("fp32", "bf16")
     return [
         *_calls(),
-        *_sweep(SITES, dtypes, TAPS, "share", device),
-        *_sweep(SITES, dtypes, TAPS, "ratio", device),
+        *_sweep(OPS, SITES, dtypes, TAPS, "share", device),
+        *_sweep(OPS, SITES, dtypes, TAPS, "ratio", device),
     ]
 
 

@@ -83,6 +83,28 @@ def _blur_pool(case: Case, device: str, **equal: Any) -> Op:
     return lambda x: aliasfused.blur_pool2d(x, k, stride)
 
 
+def _act_blur_pool(case: Case, device: str, **equal: Any) -> Op:
+    return lambda x: aliasfused.act_blur_pool2d(x, "relu", case.k, case.stride, **equal)
+
+
+def _max_blur_pool(case: Case, device: str, **equal: Any) -> Op:
+    return lambda x: aliasfused.max_blur_pool2d(x, 2, case.k, case.stride, **equal)
+
+
+def _stem_blur_pool(case: Case, device: str, **equal: Any) -> Op:
+    return lambda x: aliasfused.max_blur_pool2d(x, 3, case.k, case.stride, act="relu", max_padding=1, **equal)
+
+
+def _after(prepare: Op, build: Callable[[Case, str], Op]) -> Callable[[Case, str], Op]:
+    """What a peer does after something else."""
+
+    def built(case: Case, device: str) -> Op:
+        op = build(case, device)
+        return lambda x: op(prepare(x))
+
+    return built
+
+
 def _pad_conv(case: Case, device: str) -> Op:
     """As antialiased-cnns does it: the depthwise weight is made once."""
     row = torch.tensor(aliasfused.filters.binomial(case.k), dtype=torch.float64)
@@ -134,6 +156,25 @@ def _average(case: Case, device: str) -> Op:
     return lambda x: F.avg_pool2d(x, 2)
 
 
+def _peers(prepare: Op) -> tuple[Contender, ...]:
+    """Those who do their work in front of a blur as operations of their own, or leave them to the compiler."""
+    pad_conv = _after(prepare, _pad_conv)
+    return (
+        Contender("pad+conv", "peer", pad_conv),
+        Contender("pad+conv compiled", "peer", _compiled(pad_conv), compiled=True),
+        Contender("slices compiled", "peer", _compiled(_after(prepare, _slices)), compiled=True),
+        Contender("kornia", "peer", _after(prepare, _kornia), lambda case: {"pad_mode": "zeros"}),
+    )
+
+
+def _maximum(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(x, 2, 1)
+
+
+def _stem(x: torch.Tensor) -> torch.Tensor:
+    return F.max_pool2d(F.relu(x), 3, 1, 1)
+
+
 PEERS: dict[str, tuple[Contender, ...]] = {
     "blur_pool": (
         Contender("pad+conv", "peer", _pad_conv),
@@ -142,9 +183,22 @@ PEERS: dict[str, tuple[Contender, ...]] = {
         Contender("timm", "peer", _timm, _timm_equal),
         Contender("kornia", "peer", _kornia, lambda case: {"pad_mode": "zeros"}),
     ),
+    "act_blur_pool": _peers(F.relu),
+    "max_blur_pool": _peers(_maximum),
+    "stem_blur_pool": _peers(_stem),
 }
-OURS: dict[str, Callable[..., Op]] = {"blur_pool": _blur_pool}
-TRUTH = {"blur_pool": _pad_conv}
+OURS: dict[str, Callable[..., Op]] = {
+    "blur_pool": _blur_pool,
+    "act_blur_pool": _act_blur_pool,
+    "max_blur_pool": _max_blur_pool,
+    "stem_blur_pool": _stem_blur_pool,
+}
+TRUTH = {
+    "blur_pool": _pad_conv,
+    "act_blur_pool": _after(F.relu, _pad_conv),
+    "max_blur_pool": _after(_maximum, _pad_conv),
+    "stem_blur_pool": _after(_stem, _pad_conv),
+}
 # The vendor's nearest kernel: two taps, no overlap, no border.
 AVERAGE = Contender("avg_pool2d", "yardstick", _average)
 

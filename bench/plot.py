@@ -18,11 +18,17 @@ MARKERS = {"NCHW": "o", "NHWC": "s"}
 COLOURS = {"fp32": "tab:blue", "bf16": "tab:orange", "fp16": "tab:green"}
 
 
+def _smallest_last(site: str) -> list[int]:
+    return [-int(n) for n in site.split("@")][::-1]
+
+
 def plot(cells: Sequence[Cell], machine: Machine, path: Path) -> None:
     """Write a PNG: above the ratios (logarithmic), below the shares; forward left, backward right."""
     directions = ("forward", "backward")
     cells = [c for c in cells if c.ours.ok and c.case.purpose != "call"]
-    sites = sorted({c.case.site for c in cells}, key=lambda site: [-int(n) for n in site.split("@")][::-1])
+    # One op after the other, as they were measured, and of each the large maps first.
+    ops = list(dict.fromkeys(c.case.op for c in cells))
+    places = sorted({(c.case.op, c.case.site) for c in cells}, key=lambda p: (ops.index(p[0]), *_smallest_last(p[1])))
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex=True, sharey="row", squeeze=False, layout="constrained")
     for column, direction in enumerate(directions):
         above, below = axes[0][column], axes[1][column]
@@ -32,7 +38,7 @@ def plot(cells: Sequence[Cell], machine: Machine, path: Path) -> None:
             if case.direction != direction:
                 continue
             series = list(MARKERS).index(case.layout) * len(COLOURS) + list(COLOURS).index(case.dtype)
-            at = sites.index(case.site) + 0.12 * (series - 2.5)
+            at = places.index((case.op, case.site)) + 0.12 * (series - 2.5)
             style = {"color": COLOURS[case.dtype], "marker": MARKERS[case.layout], "markersize": 5, "linestyle": "none"}
             ratio = cell.ratio()
             if ratio is not None and case.purpose == "ratio":
@@ -44,7 +50,8 @@ def plot(cells: Sequence[Cell], machine: Machine, path: Path) -> None:
         above.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         above.axhline(1, color="black", linewidth=0.8)
         below.axhline(1, color="black", linewidth=0.8)
-        below.set_xticks(range(len(sites)), sites, rotation=45, ha="right")
+        labels = [site if op == "blur_pool" else f"{op.removesuffix('_blur_pool')} {site}" for op, site in places]
+        below.set_xticks(range(len(places)), labels, rotation=45, ha="right")
         for axis in (above, below):
             axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("times as fast as the best peer")

@@ -88,14 +88,14 @@ def results_table(measured: Sequence[Cell], default: Sequence[Cell] = ()) -> Tab
     )
     several = len({cell.ours.backend for cell in measured}) > 1
     allocators = {cell.key: cell.ours for cell in default}
-    headings = ["site", "batch", "layout", "dtype", "k", "direction", *(["backend"] if several else [])]
+    headings = ["op", "site", "batch", "layout", "dtype", "k", "direction", *(["backend"] if several else [])]
     for heading in (*headings, "best peer"):
         table.add_column(heading)
     for heading in ("ours", "best peer's", "ratio", "share", "kept", *(["ours, default malloc"] if allocators else [])):
         table.add_column(heading, justify="right")
     for cell in measured:
         case, ours, best = cell.case, cell.ours, cell.best()
-        what = [case.site, case.batch, case.layout, case.dtype, case.k, case.direction]
+        what = [case.op, case.site, case.batch, case.layout, case.dtype, case.k, case.direction]
         what += [ours.backend] if several else []
         if not ours.ok:
             table.add_row(*map(str, what), Text(ours.status, style="red"))
@@ -134,22 +134,22 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
 
 
 def summary_table(measured: Sequence[Cell]) -> Table:
-    """Geometric means over the cells, for each backend and direction."""
+    """Geometric means over the cells, for each backend, op and direction."""
     table = Table(title="Geometric means")
-    for heading in ("backend", "direction"):
+    for heading in ("backend", "op", "direction"):
         table.add_column(heading)
     for heading in ("cells", "best peer", "pad+conv", "compiled", "lowest", "share", "lowest share"):
         table.add_column(heading, justify="right")
     measured = [cell for cell in measured if cell.case.purpose != "call"]
-    for backend, direction in sorted({(c.ours.backend, c.case.direction) for c in measured}):
-        some = [c for c in measured if c.ours.ok and (c.ours.backend, c.case.direction) == (backend, direction)]
+    groups = dict.fromkeys((c.ours.backend, c.case.op, c.case.direction) for c in measured)
+    for group in groups:
+        some = [c for c in measured if c.ours.ok and (c.ours.backend, c.case.op, c.case.direction) == group]
         ratios = [c for c in some if c.case.purpose == "ratio"]
         shares = [c.ours.share for c in some if c.ours.share is not None]
         means = [geometric_mean(c.ratio(only) for c in ratios) for only in (_any, _eager, _compiled)]
         lowest = min((ratio for c in ratios if (ratio := c.ratio()) is not None), default=None)
         table.add_row(
-            backend,
-            direction,
+            *group,
             str(len(some)),
             *(_number(mean) for mean in means),
             _number(lowest),
@@ -197,15 +197,46 @@ def verdicts(measured: Sequence[Cell], device: str) -> list[Verdict]:
     judge = _cpu_verdicts if device == "cpu" else _cuda_verdicts
     for direction in ("forward", "backward"):
         some = [cell for cell in good if cell.case.direction == direction]
-        found += judge(some, direction)
+        found += judge([cell for cell in some if cell.case.op == "blur_pool"], direction)
+        if device == "cpu":
+            found += _step_verdicts(some, direction)
         # What a small backward costs its caller is measured with the forward that it needs.
         label = direction if direction == "forward" else "forward+backward"
         calls = [c.ratio(_eager) for c in good if (c.case.purpose, c.case.direction) == ("call", label)]
         least = 2.0 if device == "cpu" else 1.0
         found.append(_least(f"small call, Python included: {least:g} times as fast as pad+conv", label, calls, least))
-    kept = [cell.ours.kept_bytes for cell in good if cell.ours.kept_bytes is not None]
-    passed = not any(kept) if kept else None
-    return [*found, Verdict("bytes kept for backward: 0", "backward", str(max(kept, default=_NOTHING)), passed)]
+    kept = [c for c in good if c.ours.kept_bytes is not None]
+    for bar, bound, those in (
+        ("bytes kept for backward by blur_pool: 0", 0.0, [c for c in kept if c.case.op == "blur_pool"]),
+        (
+            "kept for backward where something comes before the blur: x and no more",
+            1.0,
+            [c for c in kept if c.case.op != "blur_pool"],
+        ),
+    ):
+        most = max(((c.ours.kept_bytes or 0) / c.case.input_bytes for c in those), default=None)
+        if those or bound == 0:
+            found.append(Verdict(bar, "backward", _number(most), None if most is None else most <= bound))
+    return found
+
+
+# Geometric mean and least of the ratios to the best peer, forward and backward.
+STEP_BARS = {
+    ("max_blur_pool", "stem_blur_pool"): {"forward": (4.0, 1.5), "backward": (6.0, 2.0)},
+    ("act_blur_pool",): {"forward": (3.0, 1.0), "backward": (4.0, 1.2)},
+}
+
+
+def _step_verdicts(some: Sequence[Cell], direction: str) -> list[Verdict]:
+    found = []
+    for ops, bars in STEP_BARS.items():
+        ratios = [cell.ratio() for cell in some if cell.case.op in ops and cell.case.purpose == "ratio"]
+        if not ratios:
+            continue
+        (mean, least), names = bars[direction], ", ".join(ops)
+        found.append(_mean(f"{names}: geometric mean of the ratios to the best peer ≥ {mean}", direction, ratios, mean))
+        found.append(_least(f"{names}: no cell's ratio < {least}", direction, ratios, least))
+    return found
 
 
 def _least(bar: str, direction: str, values: Iterable[float | None], bound: float) -> Verdict:

@@ -9,8 +9,6 @@
 namespace aliasfused {
 namespace {
 
-using Ints = std::vector<int64_t>;
-
 struct OnCpu {
   static void run(const BlurPool& op, const Tensor&) { cpu_kernels().blur_pool(op, parallel()); }
   static void run(const TapsGrad& op, const Tensor&) { cpu_kernels().taps_grad(op, parallel()); }
@@ -27,15 +25,6 @@ struct OnCuda {
 };
 #endif
 
-// Taps as kernels take them: numbers on the host in the accumulation type, or a (C, k) tensor.
-struct HostTaps {
-  std::vector<float> single;
-  const void* data;
-  HostTaps(const std::vector<double>& taps, Dtype dtype) : single(taps.begin(), taps.end()) {
-    data = dtype == Dtype::float64 ? static_cast<const void*>(taps.data()) : single.data();
-  }
-};
-
 Tensor channel_taps(const Tensor& taps, const Tensor& x, const char* name) {
   const auto wanted = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(
@@ -44,17 +33,6 @@ Tensor channel_taps(const Tensor& taps, const Tensor& x, const char* name) {
       " on the device of the input");
   return torch::stable::contiguous(taps);
 }
-
-struct Geometry {
-  Axis rows, cols;
-  Geometry(int64_t h, int64_t w, int64_t kh, int64_t kw, const Ints& stride, const Ints& padding, const std::string& pad_mode)
-      : rows(), cols() {
-    STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4, "aliasfused: stride must be (h, w) and padding (left, right, top, bottom)");
-    const Border border = border_of(pad_mode);
-    rows = axis_of("height", h, padding[2], padding[3], kh, stride[0], border);
-    cols = axis_of("width", w, padding[0], padding[1], kw, stride[1], border);
-  }
-};
 
 template <typename Device>
 Tensor blur(const Tensor& src, const Geometry& g, bool adjoint, bool channels_last, const void* taps_h, const void* taps_w,
@@ -68,10 +46,6 @@ Tensor blur(const Tensor& src, const Geometry& g, bool adjoint, bool channels_la
                        strides_of(dst), taps_h, taps_w, per_channel},
               src);
   return dst;
-}
-
-void check_4d(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 4, "aliasfused: ", name, " must have four dimensions (N, C, H, W), got ", t.dim());
 }
 
 template <typename Device>

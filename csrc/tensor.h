@@ -75,4 +75,31 @@ inline Axis axis_of(const char* name, int64_t in, int64_t before, int64_t after,
   return {in, (in + before + after - taps) / stride + 1, before, static_cast<int>(taps), static_cast<int>(stride), border};
 }
 
+using Ints = std::vector<int64_t>;
+
+// Both axes of a blur of h x w pixels.
+struct Geometry {
+  Axis rows, cols;
+  Geometry(int64_t h, int64_t w, int64_t kh, int64_t kw, const Ints& stride, const Ints& padding, const std::string& pad_mode)
+      : rows(), cols() {
+    STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4, "aliasfused: stride must be (h, w) and padding (left, right, top, bottom)");
+    const Border border = border_of(pad_mode);
+    rows = axis_of("height", h, padding[2], padding[3], kh, stride[0], border);
+    cols = axis_of("width", w, padding[0], padding[1], kw, stride[1], border);
+  }
+};
+
+// Taps that are numbers, as kernels take them: on the host, in the accumulation type.
+struct HostTaps {
+  std::vector<float> single;
+  const void* data;
+  HostTaps(const std::vector<double>& taps, Dtype dtype) : single(taps.begin(), taps.end()) {
+    data = dtype == Dtype::float64 ? static_cast<const void*>(taps.data()) : single.data();
+  }
+};
+
+inline void check_4d(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, "aliasfused: ", name, " must have four dimensions (N, C, H, W), got ", t.dim());
+}
+
 }  // namespace aliasfused

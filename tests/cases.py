@@ -187,3 +187,78 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> to
 def row(k: int, seed: int = 0) -> torch.Tensor:
     """Taps without symmetry and of either sign, so that no mistake in order or sign cancels; of about unit gain."""
     return random(k, seed=100 * seed + k) / k**0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCase(Case):
+    """A blur of what an affine, an activation and a maximum have made of x."""
+
+    act: str = "none"
+    act_args: tuple[float, ...] = ()
+    kernel: tuple[int, int] = (1, 1)
+    max_padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    affine: bool = False
+
+    @property
+    def prepared(self) -> tuple[int, int]:
+        left, right, top, bottom = self.max_padding
+        return (self.size[0] + top + bottom + 1 - self.kernel[0], self.size[1] + left + right + 1 - self.kernel[1])
+
+    @property
+    def out(self) -> tuple[int, int]:
+        return dataclasses.replace(Case(self.reason, self.prepared, self.taps, self.stride, self.padding)).out
+
+    def __str__(self) -> str:
+        numbers = "".join(f"_{n:g}" for n in self.act_args)
+        pads = ".".join(map(str, self.max_padding))
+        return (
+            f"{super().__str__()}-{self.act}{numbers}-m{self.kernel[0]}x{self.kernel[1]}p{pads}"
+            + "-affine" * self.affine
+        )
+
+
+STEPS = (
+    *(
+        StepCase(f"the activation {act}", (9, 14), pad_mode=border, act=act, act_args=args, affine=affine)
+        for (act, args), border, affine in zip(
+            (
+                ("relu", ()), ("relu6", ()), ("silu", ()), ("gelu", ()), ("gelu_tanh", ()), ("hardswish", ()),
+                ("leaky_relu", (0.1,)), ("leaky_relu", (-0.5,)), ("softplus", (1.0, 20.0)), ("softplus", (2.0, 1.5)),
+            ),
+            itertools.cycle(BORDERS),
+            itertools.cycle((False, True, True)),
+            strict=False,
+        )
+    ),
+    StepCase("an affine alone", (7, 13), affine=True),
+    StepCase("an affine alone, zeros beyond the border and not shift", (8, 9), (5, 5), pad_mode="zeros", affine=True),
+    StepCase("the usual max-blur", (14, 27), kernel=(2, 2)),
+    StepCase("the stem of a ResNet", (13, 28), (3, 3), act="relu", kernel=(3, 3), max_padding=(1, 1, 1, 1), affine=True),
+    StepCase("the stem of a ResNet, activated by silu", (12, 30), act="silu", kernel=(3, 3), max_padding=(1, 1, 1, 1)),
+    StepCase(
+        "after a maximum, zeros and not -inf beyond the border",
+        (9, 15), (3, 3), pad_mode="zeros", kernel=(3, 3), max_padding=(1, 1, 1, 1),
+    ),
+    StepCase("a wrapped border: rows of z that lie far apart", (23, 12), (4, 4), pad_mode="circular", kernel=(2, 2)),
+    StepCase("a window of unequal sides", (9, 17), (4, 4), pad_mode="replicate", kernel=(2, 3), max_padding=(1, 1, 0, 0)),
+    StepCase("a window along one axis", (8, 21), kernel=(1, 2)),
+    StepCase("pads of four sizes, as where sizes are rounded up", (8, 13), (3, 3), kernel=(3, 3), max_padding=(1, 2, 0, 1)),
+    StepCase("a window without code of its own", (11, 16), kernel=(5, 4), max_padding=(2, 2, 2, 2), act="relu6"),
+    StepCase("a window as large as the map", (3, 3), (1, 1), (1, 1), kernel=(3, 3)),
+    StepCase("a map smaller than its window", (1, 2), (2, 2), kernel=(3, 3), max_padding=(1, 1, 1, 1), act="relu"),
+    StepCase("one tap: a strided maximum", (9, 12), (1, 1), kernel=(2, 2)),
+    StepCase("stride 1", (7, 11), (3, 3), (1, 1), kernel=(2, 2), act="leaky_relu", act_args=(0.25,)),
+    StepCase("strides that differ, a long filter", (15, 19), (8, 5), (3, 2), kernel=(2, 2), affine=True, act="hardswish"),
+    StepCase("enough rows for several strips", (67, 64), kernel=(3, 3), max_padding=(1, 1, 1, 1), batch=1, channels=33, act="relu"),
+    StepCase("planes enough for several pieces, of two images", (112, 111), (4, 4), batch=2, channels=7, act="relu", affine=True),
+    StepCase("channels that fill vectors", (6, 7), kernel=(2, 2), channels=64, batch=1, affine=True, act="relu"),
+    StepCase("one channel, where memory formats are ambiguous", (8, 17), (3, 3), kernel=(2, 2), channels=1),
+    StepCase("an empty batch", (7, 9), batch=0, kernel=(2, 2), affine=True),
+)  # fmt: skip
+
+
+def coarse(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    """Eighths between -4 and 4, which every dtype holds: equals are equal everywhere, what differs differs by more than rounding."""
+    return (
+        torch.randint(-32, 33, shape, generator=torch.Generator().manual_seed(seed)).to(torch.float64).div(8).to(dtype)
+    )

@@ -7,6 +7,7 @@ ends the process.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
 import mmap
 import sys
@@ -15,7 +16,8 @@ import torch
 
 import aliasfused
 import tolerances
-from cases import BORDERS, DTYPES, random, row
+from cases import BORDERS, DTYPES, STEPS, coarse, random, row
+from test_contract import Told
 from truth import Blur
 
 OPS = torch.ops.aliasfused
@@ -92,6 +94,37 @@ def both(h, w, k, s, border, dtype, at_end, channels_last, channels) -> None:
         tolerances.assert_within(grad, truth * own, limit * own, f"taps {axis}, {what}")
 
 
+def steps() -> int:
+    """What stands before a blur: every row of STEPS, and the usual ones at widths on both sides of every vector's length."""
+    usual = [step for step in STEPS if step.act in ("none", "relu", "silu") and step.batch and step.size[0] > 6][:6]
+    widths = (6, 7, 8, 15, 16, 17, 31, 33, 65)
+    every = [
+        *STEPS,
+        *(dataclasses.replace(s, size=(s.size[0], w), channels=c) for s in usual for w in widths for c in (2, w)),
+    ]
+    for checked, step in enumerate(every):
+        for dtype in DTYPES[checked % 2 :: 2] if checked >= len(STEPS) else DTYPES:
+            one_step(step, dtype, at_end=bool(checked % 2), channels_last=bool(checked // 2 % 2))
+    return len(every)
+
+
+def one_step(step, dtype, at_end, channels_last) -> None:
+    if not step.batch:
+        return
+    told, what = Told(step, dtype, "cpu"), f"{step}, {dtype}, channels_last {channels_last}"
+    x = fenced(coarse(*step.shape, dtype=dtype), channels_last, at_end)
+    y, truth = OPS.max_blur_pool_fwd(x, told.affine, *told.rest), told.truth.blur.forward(told.truth.prepared(x))
+    tolerances.assert_within(y, truth, tolerances.step_forward(told.truth, x, truth), what)
+    dy = fenced(random(*y.shape, dtype=dtype, seed=1), channels_last, at_end)
+    du = told.truth.du(x, dy)
+    truth = du if told.affine is None else du * told.truth.affine[1, :, None, None]
+    dx = OPS.max_blur_pool_bwd(dy, x, told.affine, None, *told.rest)
+    tolerances.assert_within(dx, truth, tolerances.step_backward(told.truth, x, dy, None, truth), f"gradient, {what}")
+    sums = OPS.max_blur_pool_sums(dy, x, told.affine, *told.rest)
+    truth = torch.stack([du.sum((0, 2, 3)), (du * told.truth.centred(x)).sum((0, 2, 3))])
+    tolerances.assert_within(sums, truth, tolerances.step_sums(told.truth, x, dy, du), f"sums, {what}")
+
+
 def conversions() -> None:
     """Every value of the short dtypes unharmed by a blur of one tap, and every tie of two neighbours rounded to even."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -125,4 +158,4 @@ if __name__ == "__main__":
     detail = next(b.detail for b in aliasfused.backends() if (b.name, b.device) == ("native", "cpu"))
     assert detail.partition(" of ")[0] == sys.argv[1], detail
     conversions()
-    print(f"{sys.argv[1]}: {sweep()} geometries, every value of the short dtypes")
+    print(f"{sys.argv[1]}: {sweep()} geometries, {steps()} steps, every value of the short dtypes")

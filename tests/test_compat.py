@@ -53,6 +53,23 @@ def test_kornia_equals_kornia(kernel_size):
             assert_agree(kornia.blur_pool2d(x, kernel_size, stride), expected, limit)
 
 
+@pytest.mark.parametrize("kernel_size", [1, 3, 4])
+@pytest.mark.parametrize("max_pool_size", [1, 2, 3])
+def test_kornia_maximum_equals_kornia(kernel_size, max_pool_size):
+    for stride in [*STRIDES, (1, 2)]:
+        arguments = (kernel_size, stride, max_pool_size)
+        ours, theirs = kornia.MaxBlurPool2D(*arguments), peer_kornia.filters.MaxBlurPool2D(*arguments)
+        assert not ours.state_dict() and not theirs.state_dict()
+        assert torch.equal(ours.kernel, theirs.kernel)
+        for size in SIZES:
+            if min(size) < max_pool_size:
+                continue
+            x = torch.randn(2, 3, *size)
+            expected, limit = theirs(x), bound(x, kernel_size**2)
+            assert_agree(ours(x), expected, limit)
+            assert_agree(kornia.max_blur_pool2d(x, *arguments), expected, limit)
+
+
 def test_kornia_takes_an_oblong_kernel_which_kornia_refuses():
     x = torch.randn(1, 2, 7, 8)
     expected = convolved(x, pascal(2), pascal(3), 2, (1, 1, 0, 1), "zeros")

@@ -11,8 +11,8 @@ import torch
 
 import aliasfused
 import tolerances
-from cases import CASES, DTYPES, LAYOUTS, Case, laid_out, random, row
-from truth import Blur
+from cases import CASES, DTYPES, LAYOUTS, STEPS, Case, StepCase, coarse, laid_out, random, row
+from truth import Blur, Step
 
 OPS = torch.ops.aliasfused
 NAMES = ("native", "triton", "reference")
@@ -35,12 +35,25 @@ def cells() -> list:
     return rows
 
 
+def step_cells() -> list:
+    """(step, dtype, layout): layouts take turns, two a row and dtype."""
+    names, rows = list(LAYOUTS), []
+    for i, step in enumerate(STEPS):
+        for d, dtype in enumerate(DTYPES):
+            for skip in (0, 3):
+                layout = names[(i + d + skip) % len(names)]
+                rows.append(pytest.param(step, dtype, layout, id=f"{str(dtype)[6:]}-{layout}-{step}"))
+    return rows
+
+
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         device = metafunc.config.getoption("device")
         metafunc.parametrize("backend", [name for name in NAMES if status(name, device).available])
     if "case" in metafunc.fixturenames:
         metafunc.parametrize(("case", "dtype", "layout", "per_channel", "channels_last"), cells())
+    if "step" in metafunc.fixturenames:
+        metafunc.parametrize(("step", "dtype", "layout"), step_cells())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -165,6 +178,62 @@ def test_taps_of_any_strides(backend, device):
         tolerances.assert_within(y, truth, tolerances.forward(blur, x.cpu(), truth))
 
 
+class Told:
+    """A row of STEPS: its truth, and the arguments of the raw ops that follow the tensors."""
+
+    def __init__(self, step: StepCase, dtype: torch.dtype, device: str) -> None:
+        rows = taps_of(step, dtype, False)
+        geometry = (step.stride, step.sides, step.pad_mode)
+        kind, channels = tolerances.accumulator(dtype), step.channels
+        # Affines that are exact in every dtype, so that equals stay equal; one channel is turned round.
+        scale = torch.tensor([2.0, -1.0, 0.5] * channels)[:channels]
+        table = torch.stack([coarse(channels, seed=3) / 4, scale.double(), coarse(channels, seed=4) / 2]).to(kind)
+        self.affine = table.to(device) if step.affine else None
+        self.correction = random(2, channels, dtype=kind, seed=5).to(device) if step.affine else None
+        self.truth = Step(
+            step.act, step.act_args, table if step.affine else None, step.kernel, step.max_padding,
+            Blur(step.prepared, *rows, *geometry),
+        )  # fmt: skip
+        self.rest = (step.act, step.act_args, step.kernel, step.max_padding, *(r.tolist() for r in rows), *geometry)
+
+
+def test_step_forward(backend, step, dtype, layout, device):
+    x = laid_out(coarse(*step.shape, dtype=dtype), layout, device)
+    told = Told(step, dtype, device)
+    y = checked(backend, OPS.max_blur_pool_fwd, x, told.affine, *told.rest)
+    assert y.shape == (*step.shape[:2], *step.out)
+    x = x.cpu()
+    truth = told.truth.blur.forward(told.truth.prepared(x))
+    limit = tolerances.step_forward(told.truth, x, truth, ulps_of(backend, device, dtype))
+    tolerances.assert_within(y, truth, limit, step.reason)
+
+
+def test_step_backward(backend, step, dtype, layout, device):
+    """x in the layout of the row, dy in the one after it; with a correction where there is an affine."""
+    names = list(LAYOUTS)
+    x = laid_out(coarse(*step.shape, dtype=dtype), layout, device)
+    values = random(*step.shape[:2], *step.out, dtype=dtype, seed=1)
+    dy = laid_out(values, names[(names.index(layout) + 1) % len(names)], device)
+    told = Told(step, dtype, device)
+    dx = checked(backend, OPS.max_blur_pool_bwd, dy, x, told.affine, told.correction, *told.rest)
+    sums = checked(backend, OPS.max_blur_pool_sums, dy, x, told.affine, *told.rest)
+    dy, x = dy.cpu(), x.cpu()
+    du = told.truth.du(x, dy)
+    truth, correction = du, None
+    if told.affine is not None:
+        correction = told.correction.cpu()
+        shift, slope = correction.double()[:, :, None, None].unbind()
+        truth = du * told.truth.affine[1, :, None, None] + shift + slope * told.truth.centred(x)
+    ulps = ulps_of(backend, device, dtype)
+    tolerances.assert_within(
+        dx, truth, tolerances.step_backward(told.truth, x, dy, correction, truth, ulps), step.reason
+    )
+    truth = torch.stack([du.sum((0, 2, 3)), (du * told.truth.centred(x)).sum((0, 2, 3))])
+    assert sums.dtype is tolerances.accumulator(dtype)
+    tolerances.assert_within(sums, truth, tolerances.step_sums(told.truth, x, dy, du), step.reason)
+
+
 def test_every_row_has_a_reason_and_a_name_of_its_own():
-    assert all(case.reason for case in CASES)
-    assert len({str(case) for case in CASES}) == len(CASES)
+    for cases in (CASES, STEPS):
+        assert all(case.reason for case in cases)
+        assert len({str(case) for case in cases}) == len(cases)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
+import tolerances
 from aliasfused.kernels import reference
+from cases import coarse
+from truth import Blur, Step
 
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
 import build
@@ -313,6 +318,195 @@ def test_too_many_taps(emulated):
     ones = torch.ones(1025)
     with pytest.raises(RuntimeError, match="1024 taps"):
         blur(emulated, torch.ones(1, 1, 4, 4), ones, ones, (2, 2), (600, 600, 600, 600), "replicate")
+
+
+# --- affine, activation and maximum before the blur -------------------------------------------------------------------
+
+# In the order in which csrc/max_blur_pool.h numbers them.
+ACTS = {
+    "none": (), "relu": (), "relu6": (), "silu": (), "gelu": (), "gelu_tanh": (), "hardswish": (),
+    "leaky_relu": (-0.25,), "softplus": (2.0, 3.0),
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Steps:
+    """One geometry of what the kernels are told, without the tensors."""
+
+    act: str = "none"
+    kernel: tuple[int, int] = (1, 1)
+    max_padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    taps: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    pad_mode: str = "reflect"
+    affine: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
+
+    @property
+    def padding(self) -> tuple[int, int, int, int]:
+        return usual_padding(*self.taps)
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Taps: ones where there is one, so that the maximum can be seen through the blur."""
+        return tuple(torch.ones(1) if k == 1 else random(k, seed=seed) for seed, k in enumerate(self.taps, 2))
+
+    def prepared(self, size) -> tuple[int, int]:
+        left, right, top, bottom = self.max_padding
+        return size[0] + top + bottom + 1 - self.kernel[0], size[1] + left + right + 1 - self.kernel[1]
+
+    def truth(self, size) -> Step:
+        blur = Blur(self.prepared(size), *self.rows, self.stride, self.padding, self.pad_mode)
+        return Step(self.act, ACTS[self.act], self.affine, self.kernel, self.max_padding, blur)
+
+    def run(self, emulated, x, *, dy=None, dst=None, sums=None) -> None:
+        acc, (left, _, top, _) = acc_dtype(x.dtype), self.max_padding
+        taps = [row.to(acc) for row in self.rows]
+        table, correction = (None if t is None else t.to(acc).contiguous() for t in (self.affine, self.correction))
+        address = lambda t: 0 if t is None else t.data_ptr()  # noqa: E731
+        src, numbers = x if dy is None else dy, (*ACTS[self.act], 0.0, 0.0)[:2]
+        emulated.max_blur_pool(
+            DTYPES[x.dtype], dy is not None, *x.shape[:2],
+            *axes(*self.prepared(x.shape[2:]), *self.taps, self.stride, self.padding, self.pad_mode),
+            src.data_ptr(), address(dst), src.stride(), (x if dst is None else dst).stride(), *map(address, taps),
+            (list(ACTS).index(self.act), *numbers), address(table), (*self.kernel, top, left, *x.shape[2:]),
+            x.data_ptr(), x.stride(), address(correction if dst is not None else None), address(sums),
+        )  # fmt: skip
+
+    def forward(self, emulated, x, channels_last=False) -> torch.Tensor:
+        y, buffer = guarded((*x.shape[:2], *self.truth(x.shape[2:]).blur.out), x.dtype, channels_last)
+        self.run(emulated, x, dst=y)
+        assert buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all(), "written outside y"
+        return y
+
+    def backward(self, emulated, x, dy, channels_last=False) -> tuple[torch.Tensor, torch.Tensor]:
+        """dx and the sums, which are also the sums where there is no dx."""
+        acc = acc_dtype(x.dtype)
+        dx, buffer = guarded(x.shape, x.dtype, channels_last)
+        sums, sums_buffer = guarded((1, 1, 2, x.shape[1]), acc)
+        self.run(emulated, x, dy=dy, dst=dx, sums=sums)
+        for guard in (buffer, sums_buffer):
+            assert guard[:MARGIN].isnan().all() and guard[-MARGIN:].isnan().all(), "written outside dx or sums"
+        alone = torch.full((2, x.shape[1]), torch.nan, dtype=acc)
+        self.run(emulated, x, dy=dy, sums=alone)
+        assert torch.equal(alone.view(torch.uint8), sums[0, 0].contiguous().view(torch.uint8))
+        return dx, sums[0, 0]
+
+    def check(self, emulated, x, dy, channels_last=False) -> None:
+        """Forward, gradient and sums against the truth; between x and the result nothing is rounded to the dtype."""
+        truth, exact = self.truth(x.shape[2:]), x.to(acc_dtype(x.dtype))
+        exact_dy = dy.to(exact.dtype)
+
+        def close(actual, wanted, limit):
+            tolerances.assert_within(
+                actual, wanted, limit + tolerances.rounding(wanted, limit, actual.dtype), str(self)
+            )
+
+        y = truth.blur.forward(truth.prepared(x))
+        close(self.forward(emulated, x, channels_last), y, tolerances.step_forward(truth, exact, y))
+        dx, sums = self.backward(emulated, x, dy, channels_last)
+        du, centred = truth.du(x.clone(), dy), truth.centred(x)
+        wanted = du if self.affine is None else du * truth.affine[1, :, None, None]
+        correction = None if self.correction is None else self.correction.to(exact.dtype)
+        if correction is not None:
+            wanted = wanted + correction.double()[0, :, None, None] + correction.double()[1, :, None, None] * centred
+        close(dx, wanted, tolerances.step_backward(truth, exact, exact_dy, correction, wanted))
+        wanted = torch.stack([du.sum((0, 2, 3)), (du * centred).sum((0, 2, 3))])
+        close(sums, wanted, tolerances.step_sums(truth, exact, exact_dy, du))
+
+
+def exact_affine(channels: int) -> torch.Tensor:
+    """Center, scale and shift with which coarse numbers stay exact, and equals equal; some channels are turned round.
+
+    They stay small, too: torch's gelu of -8 is the equal of its gelu of 0, and no longer less.
+    """
+    scale = torch.tensor([-1.0, 0.5, -0.75] * channels, dtype=torch.float64)[:channels]
+    return torch.stack([coarse(channels, seed=3) / 4, scale, coarse(channels, seed=4) / 2])
+
+
+def max_paddings(kh: int, kw: int) -> list[tuple[int, int, int, int]]:
+    """None, the usual, one of unequal sides, and as much as there may be."""
+    usual = (kw // 2, kw // 2, kh // 2, kh // 2)
+    return [(0, 0, 0, 0), usual, (kw - 1, 0, 0, kh // 2), (kw - 1, kw - 1, kh - 1, kh - 1)]
+
+
+@pytest.mark.parametrize("pad_mode", BORDERS)
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 3), (2, 3), (5, 1)], ids=str)
+def test_steps(emulated, kernel, pad_mode):
+    """Every activation in every dtype, each with a size, filter, stride, padding, layout and affine that are drawn."""
+    draw = Random(f"{kernel} {pad_mode}")
+    for act, dtype in itertools.product(ACTS, DTYPES):
+        h, w = draw.choice([(7, 9), (4, 5), (1, 1), (2, 11), (6, 16)])
+        taps = draw.choice([(4, 4), (3, 3), (1, 1), (2, 5), (12, 9), (1, 3), (7, 8)])
+        stride = draw.choice([(2, 2), (1, 1), (3, 3), (2, 1)])
+        step = Steps(act, kernel, draw.choice(max_paddings(*kernel)), taps, stride, pad_mode)
+        if min(step.prepared((h, w))) < 1:
+            step.max_padding = max_paddings(*kernel)[-1]
+        channels = draw.choice([1, 2, 5])
+        step.affine = draw.choice([None, exact_affine(channels)])
+        step.correction = draw.choice([None, random(2, channels, seed=5)])
+        x = coarse(2, channels, h, w, dtype=dtype, seed=draw.randrange(1000))
+        dy = random(2, channels, *step.truth((h, w)).blur.out, dtype=dtype, seed=1)
+        x, dy = (in_nan(t, draw.choice([False, True])) for t in (x, dy))
+        step.check(emulated, x, dy, draw.choice([False, True]))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
+def test_steps_on_views(emulated, view, channels_last):
+    step = Steps("relu", (3, 2), (1, 0, 1, 1), (3, 4), (2, 2), "reflect")
+    for dtype in (torch.float32, torch.bfloat16):
+        x = VIEWS[view](in_nan(coarse(2, 16, 10, 32, dtype=dtype), channels_last))
+        step.affine = exact_affine(x.shape[1])
+        dy = random(*x.shape[:2], *step.truth(x.shape[2:]).blur.out, dtype=dtype, seed=1)
+        step.check(emulated, x, in_nan(dy.mT).mT, channels_last)
+        step.check(emulated, x, dy[:1, :1, :1, :1].expand_as(dy), not channels_last)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_activations(emulated, act):
+    for dtype in (torch.float32, torch.float64):
+        corners = torch.arange(-8, 8, 0.25).view(1, 1, 1, 64)
+        x = torch.cat([corners, random(1, 1, 4, 64) * 30, random(1, 1, 1, 64) * 1000], 2).to(dtype)
+        Steps(act).check(emulated, x, random(*x.shape, dtype=dtype, seed=2))
+
+
+SPECIAL = {
+    "nan": lambda x: x.masked_fill(random(*x.shape, seed=7) > 0.8, torch.nan),
+    "infinities": lambda x: x.masked_fill(random(*x.shape, seed=7) > 1, torch.inf),
+    "mostly -inf": lambda x: x.masked_fill(random(*x.shape, seed=7) > -1.2, -torch.inf),
+    "all -inf": lambda x: torch.full_like(x, -torch.inf),
+    "nan among -inf": lambda x: torch.full_like(x, -torch.inf).masked_fill(random(*x.shape, seed=7) > 1, torch.nan),
+    "one number": torch.ones_like,
+}
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "leaky_relu"])
+@pytest.mark.parametrize("special", SPECIAL)
+def test_winners(emulated, special, act):
+    """Of windows with NaN, infinities and equals: bit by bit, as the filter is a one and gradients are whole numbers."""
+    for dtype, kernel in itertools.product(DTYPES, [(1, 1), (2, 2), (3, 3), (2, 3), (1, 4)]):
+        kh, kw = kernel
+        # No further beyond x than torch sees, whose first of equals would else be one of the -inf that it is shown there.
+        for max_padding in ((0, 0, 0, 0), (kw // 2, 0, 0, kh // 2), (kw // 2, kw // 2, kh // 2, kh // 2)):
+            step = Steps(act, kernel, max_padding)
+            x = SPECIAL[special](coarse(2, 3, 6, 7, dtype=dtype))
+            truth = step.truth(x.shape[2:])
+            z = truth.prepared(x)
+            torch.testing.assert_close(step.forward(emulated, x).double(), z, rtol=0, atol=0, equal_nan=True)
+            dy = coarse(*z.shape, dtype=dtype, seed=1).round()
+            dx, sums = step.backward(emulated, x, dy)
+            du = truth.du(x.clone(), dy)
+            torch.testing.assert_close(dx.double(), du, rtol=0, atol=0, equal_nan=True)
+            moments = (du * x.double()).sum((0, 2, 3))
+            torch.testing.assert_close(
+                sums.double(), torch.stack([du.sum((0, 2, 3)), moments]), rtol=0, atol=0, equal_nan=True
+            )
+
+
+def test_too_many_taps_of_a_step(emulated):
+    with pytest.raises(RuntimeError, match="1024 taps"):
+        Steps(taps=(1025, 1), pad_mode="replicate").forward(emulated, torch.ones(1, 1, 4, 4))
 
 
 def test_memory_and_undefined_behaviour():

@@ -23,6 +23,15 @@ SCHEMAS = {
     "blur_pool_taps_fwd": "(Tensor x, Tensor taps_h, Tensor taps_w, int[] stride, int[] padding, str pad_mode) -> Tensor",
     "blur_pool_taps_bwd": "(Tensor dy, Tensor taps_h, Tensor taps_w, int[] stride, int[] padding, str pad_mode, "
     "SymInt H, SymInt W, bool channels_last) -> Tensor",
+    **{
+        f"max_blur_pool_{name}": f"({tensors}, str act, float[] act_args, int[] kernel, int[] max_padding, float[] taps_h, "
+        "float[] taps_w, int[] stride, int[] padding, str pad_mode) -> Tensor"
+        for name, tensors in (
+            ("fwd", "Tensor x, Tensor? affine"),
+            ("bwd", "Tensor dy, Tensor x, Tensor? affine, Tensor? correction"),
+            ("sums", "Tensor dy, Tensor x, Tensor? affine"),
+        )
+    },
     "blur_pool_taps_grad": "(Tensor dy, Tensor x, Tensor other, int axis, int size, int[] stride, int[] padding, "
     "str pad_mode) -> Tensor",
 }
@@ -137,7 +146,7 @@ def test_import_brings_in_nothing_heavy():
     """Neither the Triton kernels nor any library whose modules are served; what torch itself brings in is its own affair."""
     program = (
         "import sys, torch, torch._dynamo; before = set(sys.modules); import aliasfused; new = set(sys.modules) - before; "
-        "print(*sorted({n for n in new if n == 'aliasfused.kernels.triton.blur_pool'} | {n.split('.')[0] for n in new} & "
+        "print(*sorted({n for n in new if n.startswith('aliasfused.kernels.triton.')} | {n.split('.')[0] for n in new} & "
         "{'triton', 'timm', 'kornia', 'antialiased_cnns', 'scipy', 'onnx', 'rich', 'PIL', 'torchvision'}))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

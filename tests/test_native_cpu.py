@@ -203,6 +203,7 @@ def test_every_op_goes_to_the_backend_in_use_and_back(calls):
         h = torch.ones(3, requires_grad=True)
         blur_pool2d(x).sum().backward()
         blur_pool2d(x, (h, 1)).sum().backward()
+        aliasfused.max_blur_pool2d(x, scale=torch.ones(x.shape[1], requires_grad=True)).sum().backward()
 
     everything()
     assert not calls

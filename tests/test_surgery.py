@@ -310,8 +310,16 @@ def test_left_with_a_reason(make, reason):
     assert reason in str(aliasfused.accelerate(blur, also={"vendored.Hooked": "kornia"}))
 
 
+def test_a_maximum_goes_with_its_blur():
+    pool, x = kornia.filters.MaxBlurPool2D(3, max_pool_size=3), torch.randn(2, 3, 9, 10)
+    expected = pool(x)
+    (row,) = aliasfused.accelerate(pool)
+    assert (row.action, type(pool)) == ("fused", aliasfused.compat.kornia.MaxBlurPool2D)
+    assert_agree(pool(x), expected, bound(x, 9))
+
+
 def test_other_pools_are_no_blurs():
-    network = nn.Sequential(nn.AvgPool2d(2), kornia.filters.MaxBlurPool2D(3), kornia.filters.EdgeAwareBlurPool2D(3))
+    network = nn.Sequential(nn.AvgPool2d(2), nn.MaxPool2d(3), kornia.filters.EdgeAwareBlurPool2D(3))
     with pytest.warns(UserWarning, match="found no BlurPool"):
         assert len(aliasfused.accelerate(network)) == 0
 

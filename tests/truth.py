@@ -9,6 +9,7 @@ import functools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "zeros": "constant", "circular": "wrap"}
 
@@ -76,3 +77,60 @@ class Blur:
         if adjoint:
             return sum(int(torch.bincount(r.flatten(), minlength=2)[1:].max()) for r in self.reads)
         return sum(r.shape[0] for r in self.reads)
+
+
+class Step:
+    """A downsampling step in float64: affine, activation, maximum, blur; and its gradients, which autograd works out."""
+
+    def __init__(self, act, act_args, affine, kernel, max_padding, blur: Blur) -> None:
+        self.act = functools.partial(ACTIVATIONS[act], *act_args) if act_args else ACTIVATIONS[act]
+        self.affine = None if affine is None else affine.double()
+        self.kernel, self.max_padding, self.blur = kernel, max_padding, blur
+
+    def centred(self, x: torch.Tensor) -> torch.Tensor:
+        return x.double() if self.affine is None else x.double() - self.affine[0, :, None, None]
+
+    def argument(self, x: torch.Tensor) -> torch.Tensor:
+        """What the activation is of."""
+        if self.affine is None:
+            return x.double()
+        return self.centred(x) * self.affine[1, :, None, None] + self.affine[2, :, None, None]
+
+    def maxima(self, v: torch.Tensor) -> torch.Tensor:
+        """max_pool2d with padding of any four sizes: the windows that see beyond v on two sides alone are cut out of more."""
+        left, right, top, bottom = self.max_padding
+        if tuple(self.kernel) == (1, 1):
+            return v
+        ph, pw = max(top, bottom), max(left, right)
+        # torch pads evenly, and by no more than half a window: rows of -inf make up for what is missing.
+        lh, lw = min(ph, self.kernel[0] // 2), min(pw, self.kernel[1] // 2)
+        v = F.pad(v, (pw - lw, pw - lw, ph - lh, ph - lh), value=-torch.inf)
+        z = F.max_pool2d(v, self.kernel, 1, (lh, lw))
+        return z[:, :, ph - top : z.shape[2] - (ph - bottom), pw - left : z.shape[3] - (pw - right)]
+
+    def prepared(self, x: torch.Tensor) -> torch.Tensor:
+        return self.maxima(self.act(self.argument(x)))
+
+    def du(self, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        u = self.argument(x).detach().clone().requires_grad_()
+        (du,) = torch.autograd.grad(self.maxima(self.act(u)), u, self.blur.adjoint(dy))
+        return du
+
+    def spread(self, x: torch.Tensor, dz: torch.Tensor) -> torch.Tensor:
+        """What every pixel has won of dz."""
+        v = self.act(self.argument(x)).detach().clone().requires_grad_()
+        (dv,) = torch.autograd.grad(self.maxima(v), v, dz)
+        return dv
+
+
+ACTIVATIONS = {
+    "none": lambda u: u * 1,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "hardswish": F.hardswish,
+    "leaky_relu": lambda slope, u: F.leaky_relu(u, slope),
+    "softplus": lambda beta, threshold, u: F.softplus(u, beta, threshold),
+}

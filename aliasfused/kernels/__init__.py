@@ -13,7 +13,10 @@ from . import native, reference, triton
 
 __all__ = ["Backend", "backends", "use_backend"]
 
-OPS = ("blur_pool_fwd", "blur_pool_bwd", "blur_pool_taps_fwd", "blur_pool_taps_bwd", "blur_pool_taps_grad")
+OPS = (
+    *(f"blur_pool_{name}" for name in ("fwd", "bwd", "taps_fwd", "taps_bwd", "taps_grad")),
+    *(f"max_blur_pool_{name}" for name in ("fwd", "bwd", "sums")),
+)
 DEFAULT = "native"
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 

@@ -8,7 +8,7 @@ in which the op leaves PyTorch (ONNX, TorchScript).
 from __future__ import annotations
 
 import functools
-from typing import List  # noqa: UP035  (TorchScript reads these annotations)
+from typing import List, Optional  # noqa: UP035  (TorchScript reads these annotations)
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,93 @@ def blur_pool_taps_grad(dy, x, other, axis, size, stride, padding, pad_mode):
         blurred = _matrix(other, rows) @ x
         grad = torch.einsum("ncij,qjw,nciw->cq", dy, cols, blurred)
     return grad.to(other.dtype)
+
+
+def activation(u: torch.Tensor, act: str, args: List[float]) -> torch.Tensor:  # noqa: UP006
+    """The activation that an op calls by this name."""
+    if act == "relu":
+        return F.relu(u)
+    if act == "relu6":
+        return F.relu6(u)
+    if act == "silu":
+        return F.silu(u)
+    if act == "gelu":
+        return F.gelu(u)
+    if act == "gelu_tanh":
+        return F.gelu(u, approximate="tanh")
+    if act == "hardswish":
+        return F.hardswish(u)
+    if act == "leaky_relu":
+        return F.leaky_relu(u, args[0])
+    if act == "softplus":
+        return F.softplus(u, args[0], args[1])
+    return u
+
+
+def maximum(v: torch.Tensor, kernel: List[int], padding: List[int]) -> torch.Tensor:  # noqa: UP006
+    """The dense maximum over a window, of v extended by -inf: (left, right, top, bottom)."""
+    if kernel[0] == 1 and kernel[1] == 1:
+        return v
+    left, right, top, bottom = padding
+    if left == right and top == bottom and 2 * left <= kernel[1] and 2 * top <= kernel[0]:
+        return F.max_pool2d(v, [kernel[0], kernel[1]], [1, 1], [top, left])
+    # torch's own padding is even on both sides. What it cannot say it can be shown.
+    return F.max_pool2d(F.pad(v, padding, value=-float("inf")), [kernel[0], kernel[1]], [1, 1])
+
+
+def prepared(
+    x: torch.Tensor,
+    affine: Optional[torch.Tensor],  # noqa: UP045
+    act: str,
+    act_args: List[float],  # noqa: UP006
+    kernel: List[int],  # noqa: UP006
+    max_padding: List[int],  # noqa: UP006
+) -> torch.Tensor:
+    """What a blur with a prologue blurs, in differentiable steps: affine and activation in at least float32."""
+    z = x if x.dtype == torch.float64 or (affine is None and act == "none") else x.float()
+    if affine is not None:
+        center, scale, shift = affine[:, None, :, None, None].unbind()
+        z = (z - center) * scale + shift
+    return maximum(activation(z, act, act_args).to(x.dtype), kernel, max_padding)
+
+
+def _differentiated(dy, x, affine, act, act_args, kernel, max_padding, taps_h, taps_w, stride, padding, pad_mode):
+    """du and x - center in float64, u being what the activation is of."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().to(torch.float64, copy=True)
+        u, centred = x, x
+        if affine is not None:
+            center, scale, shift = affine.detach().double()[:, None, :, None, None].unbind()
+            centred = x - center
+            u = centred * scale + shift
+        u = u.detach().requires_grad_()
+        z = maximum(activation(u, act, act_args), kernel, max_padding)
+        height, width = z.shape[2:]
+        dz = blur_pool_bwd(dy.double(), taps_h, taps_w, stride, padding, pad_mode, height, width, False)
+        (du,) = torch.autograd.grad(z, u, dz)
+    return du, centred
+
+
+def max_blur_pool_fwd(x, affine, act, act_args, kernel, max_padding, taps_h, taps_w, stride, padding, pad_mode):
+    affine = None if affine is None else affine.double()
+    z = prepared(x.double(), affine, act, act_args, kernel, max_padding)
+    y = blur_pool_fwd(z, taps_h, taps_w, stride, padding, pad_mode)
+    return _like(y, x, torch._prims_common.suggest_memory_format(x) is torch.channels_last)
+
+
+def max_blur_pool_bwd(dy, x, affine, correction, *rest):
+    du, centred = _differentiated(dy, x, affine, *rest)
+    dx = du if affine is None else du * affine.double()[1, :, None, None]
+    if correction is not None:
+        shift, slope = correction.double()[:, None, :, None, None].unbind()
+        dx = dx + shift + slope * centred
+    return _like(dx, x, torch._prims_common.suggest_memory_format(x) is torch.channels_last)
+
+
+def max_blur_pool_sums(dy, x, affine, *rest):
+    du, centred = _differentiated(dy, x, affine, *rest)
+    sums = torch.stack([du.sum((0, 2, 3)), (du * centred).sum((0, 2, 3))])
+    return sums if x.dtype is torch.float64 else sums.float()
 
 
 def border_index(like: torch.Tensor, n: int, before: int, after: int, pad_mode: str) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 from ..kernels import install_default
 from .blur_pool import blur_pool1d, blur_pool2d
+from .max_blur_pool import act_blur_pool2d, max_blur_pool2d
 
-__all__ = ["blur_pool1d", "blur_pool2d"]
+__all__ = ["act_blur_pool2d", "blur_pool1d", "blur_pool2d", "max_blur_pool2d"]
 
 install_default()

@@ -138,8 +138,11 @@ def _padding2d(padding: Padding, kh: int, kw: int) -> tuple[int, int, int, int]:
     return sides
 
 
-def check_input(x: torch.Tensor, window: Window, dims: int = 2) -> torch.Tensor:
-    """Check x against a window before any memory is touched; under autocast, cast it as a convolution would."""
+def check_input(x: torch.Tensor, window: Window, dims: int = 2, grown: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """Check x against a window before any memory is touched; under autocast, cast it as a convolution would.
+
+    ``grown`` is by how much the map that is blurred is higher and wider than x.
+    """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() - dims not in (1, 2):
@@ -151,21 +154,24 @@ def check_input(x: torch.Tensor, window: Window, dims: int = 2) -> torch.Tensor:
     if x.layout is not torch.strided:
         raise TypeError(f"x must be a dense (strided) tensor, got layout {x.layout}")
     left, right, top, bottom = window.padding
-    _check_axis("width" if dims == 2 else "length", x.shape[-1], left, right, length(window.taps_w), window.stride[1])
+    _check_axis("width" if dims == 2 else "length", x.shape[-1], left, right, length(window.taps_w), grown[1])
     if dims == 2:
-        _check_axis("height", x.shape[-2], top, bottom, length(window.taps_h), window.stride[0])
+        _check_axis("height", x.shape[-2], top, bottom, length(window.taps_h), grown[0])
     device = x.device.type
     if device != "meta" and x.dtype is not torch.float64 and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     return x
 
 
-def _check_axis(name: str, size: int, before: int, after: int, taps: int, stride: int) -> None:
+def _check_axis(name: str, size: int, before: int, after: int, taps: int, grown: int) -> None:
     if size < 1:
         raise ValueError(f"x must have a {name} of at least 1, got {size}")
-    if size + before + after < taps:
+    if size + grown < 1:
+        raise ValueError(f"x of {name} {size} leaves no maximum: the window, less its padding, is {1 - grown}")
+    if size + grown + before + after < taps:
+        what = f"x of {name} {size}" if grown == 0 else f"x of {name} {size}, whose maxima are {size + grown},"
         raise ValueError(
-            f"x of {name} {size} with padding ({before}, {after}) is shorter than the {taps} taps: the output would be empty; "
+            f"{what} with padding ({before}, {after}) is shorter than the {taps} taps: the output would be empty; "
             "give more padding or fewer taps"
         )
 

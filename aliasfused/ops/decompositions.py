@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from ..kernels.reference import border_index, extend
+from ..kernels.reference import border_index, extend, prepared
 
 __all__ = ["decompositions"]
 
@@ -18,6 +18,25 @@ def _convolution_backward(dy: Any, x: Any, kernel: Any, stride: Any, wanted: lis
     return torch.ops.aten.convolution_backward.default(dy, x, kernel, None, *geometry, wanted)
 
 
+def _activation_backward(dv: Any, u: Any, act: str, args: Any) -> Any:
+    aten = torch.ops.aten
+    if act == "relu":
+        return aten.threshold_backward.default(dv, u, 0)
+    if act == "relu6":
+        return aten.hardtanh_backward.default(dv, u, 0, 6)
+    if act == "silu":
+        return aten.silu_backward.default(dv, u)
+    if act in ("gelu", "gelu_tanh"):
+        return aten.gelu_backward.default(dv, u, approximate="tanh" if act == "gelu_tanh" else "none")
+    if act == "hardswish":
+        return aten.hardswish_backward.default(dv, u)
+    if act == "leaky_relu":
+        return aten.leaky_relu_backward.default(dv, u, args[0], False)
+    if act == "softplus":
+        return aten.softplus_backward.default(dv, u, *args)
+    return dv
+
+
 def decompositions(
     border: Literal["pad", "gather"] = "pad",
 ) -> dict[torch._ops.OpOverload, Callable[..., torch.Tensor]]:
@@ -25,7 +44,8 @@ def decompositions(
 
     1. forward: ``conv(extend(x), outer(h, w))``, the taps rounded to the dtype of x as a convolution needs them;
     2. adjoint: the convolution's own, then every pixel collects the positions of the extension that show it;
-    3. taps' gradient: the convolution's with respect to its kernel, contracted with the other axis' taps.
+    3. taps' gradient: the convolution's with respect to its kernel, contracted with the other axis' taps;
+    4. what comes before a blur (affine, activation, maximum) and its gradients: aten's own, in at least float32.
 
     Args:
         border: "pad" extends by F.pad, whose reflection needs a map larger than the pad; "gather" by an index lookup,
@@ -76,8 +96,50 @@ def decompositions(
         grad = _convolution_backward(dy, extended, weight, stride, [False, True, False])[1].squeeze(1).to(other.dtype)
         return (grad * (other[:, None, :] if axis == 0 else other[:, :, None])).sum(2 - axis)
 
+    def step(x: Any, affine: Any, act: str, act_args: Any, kernel: Any, max_padding: Any, *window: Any) -> Any:
+        return down(prepared(x, affine, act, act_args, kernel, max_padding), *window)
+
+    def argument_grad(
+        dy: Any, x: Any, affine: Any, act: str, act_args: Any, kernel: Any, max_padding: Any, *window: Any
+    ) -> Any:
+        """du and x - center, in at least float32."""
+        wide = x.dtype if x.dtype is torch.float64 else torch.float32
+        left, right, top, bottom = max_padding
+        u = centred = x.to(wide)
+        if affine is not None:
+            center, scale, shift = affine[:, None, :, None, None].unbind()
+            centred = u - center
+            u = centred * scale + shift
+        H, W = x.shape[2] + top + bottom + 1 - kernel[0], x.shape[3] + left + right + 1 - kernel[1]
+        taps_h, taps_w, stride, padding, pad_mode = window
+        dv = up(dy, taps_h, taps_w, stride, padding, pad_mode, H, W, False).to(wide)
+        if tuple(kernel) != (1, 1):
+            aten = torch.ops.aten
+            v = F.pad(prepared(x, affine, act, act_args, [1, 1], max_padding).to(wide), max_padding, value=-torch.inf)
+            windows = (kernel, [1, 1], [0, 0], [1, 1], False)
+            where = aten.max_pool2d_with_indices.default(v, *windows)[1]
+            dv = aten.max_pool2d_with_indices_backward.default(dv, v, *windows, where)
+            dv = dv[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        return _activation_backward(dv, u, act, act_args), centred
+
+    def step_backward(dy: Any, x: Any, affine: Any, correction: Any, *rest: Any) -> Any:
+        dx, centred = argument_grad(dy, x, affine, *rest)
+        if affine is not None:
+            dx = dx * affine[1, :, None, None]
+        if correction is not None:
+            shift, slope = correction[:, :, None, None].unbind()
+            dx = dx + shift + slope * centred
+        return dx.to(x.dtype).contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+    def step_sums(dy: Any, x: Any, affine: Any, *rest: Any) -> Any:
+        du, centred = argument_grad(dy, x, affine, *rest)
+        return torch.stack([du.sum((0, 2, 3)), (du * centred).sum((0, 2, 3))])
+
     ops = torch.ops.aliasfused
     return {
+        ops.max_blur_pool_fwd.default: step,
+        ops.max_blur_pool_bwd.default: step_backward,
+        ops.max_blur_pool_sums.default: step_sums,
         ops.blur_pool_fwd.default: down,
         ops.blur_pool_bwd.default: up,
         ops.blur_pool_taps_fwd.default: down,

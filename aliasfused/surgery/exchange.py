@@ -19,6 +19,7 @@ _PEERS: dict[str, type[KernelBlur]] = {
     "antialiased_cnns.blurpool.BlurPool1D": antialiased_cnns.BlurPool1D,
     "timm.layers.blur_pool.BlurPool2d": timm.BlurPool2d,
     "kornia.filters.blur_pool.BlurPool2D": kornia.BlurPool2D,
+    "kornia.filters.blur_pool.MaxBlurPool2D": kornia.MaxBlurPool2D,
 }
 _LIBRARIES = {"antialiased_cnns": antialiased_cnns.BlurPool, "timm": timm.BlurPool2d, "kornia": kornia.BlurPool2D}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

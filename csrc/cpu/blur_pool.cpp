@@ -39,8 +39,9 @@ void blur_pool_of(BlurPool op, const Parallel& parallel) {
     op.per_channel = !is_shared<acc>(op.taps_h, op.channels, op.rows.taps) || !is_shared<acc>(op.taps_w, op.channels, op.cols.taps);
   const bool pixels = op.dst_stride.c == 1 && (op.dst_stride.w != 1 || (op.adjoint ? op.cols.in : op.cols.out) == 1);
   const Identity pre;
-  if (op.adjoint) pixels ? blur_pixels<T, true>(op, parallel, pre) : blur_planes<T, true>(op, parallel, pre);
-  else pixels ? blur_pixels<T, false>(op, parallel, pre) : blur_planes<T, false>(op, parallel, pre);
+  const index_t rows = op.batch * (op.adjoint ? op.rows.in : op.rows.out);
+  if (op.adjoint) pixels ? blur_pixels<T, true>(op, parallel, pre, 0, rows) : blur_planes<T, true>(op, parallel, pre);
+  else pixels ? blur_pixels<T, false>(op, parallel, pre, 0, rows) : blur_planes<T, false>(op, parallel, pre);
 }
 
 template <typename Of>
@@ -57,6 +58,16 @@ void by_dtype(Dtype dtype, Of&& of) {
 
 void blur_pool(const BlurPool& op, const Parallel& parallel) {
   by_dtype(op.dtype, [&](auto zero) INLINED { blur_pool_of<decltype(zero)>(op, parallel); });
+}
+
+void blur_rows(const BlurPool& op, index_t begin, index_t end) {
+  by_dtype(op.dtype, [&](auto zero) INLINED {
+    using T = decltype(zero);
+    BlurPool part = op;
+    part.dst = static_cast<T*>(op.dst) - begin * op.dst_stride.h;
+    const Identity pre;
+    op.adjoint ? blur_pixels<T, true>(part, serial, pre, begin, end) : blur_pixels<T, false>(part, serial, pre, begin, end);
+  });
 }
 
 void taps_grad(const TapsGrad& op, const Parallel& parallel) {

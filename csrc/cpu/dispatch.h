@@ -9,6 +9,7 @@ struct CpuKernels {
   const char* name;
   void (*blur_pool)(const BlurPool&, const Parallel&);
   void (*taps_grad)(const TapsGrad&, const Parallel&);
+  void (*max_blur_pool)(const MaxBlurPool&, const Parallel&);
 };
 
 // The best instruction set of this processor, or the one that the environment variable ALIASFUSED_CPU_ISA names.

@@ -1,7 +1,7 @@
 // What the instruction sets offer to the rest of the library: the same functions, one namespace each.
 #pragma once
 
-#include "../blur_pool.h"
+#include "../max_blur_pool.h"
 
 namespace aliasfused {
 
@@ -15,10 +15,14 @@ struct Parallel {
   }
 };
 
-#define ALIASFUSED_CPU_KERNELS(isa)                 \
-  namespace isa {                                   \
-  void blur_pool(const BlurPool&, const Parallel&); \
-  void taps_grad(const TapsGrad&, const Parallel&); \
+// blur_rows: rows [begin, end) of the result of one image, its channels side by side (NHWC), on the caller's thread; dst is
+// where row `begin` goes.
+#define ALIASFUSED_CPU_KERNELS(isa)                            \
+  namespace isa {                                              \
+  void blur_pool(const BlurPool&, const Parallel&);            \
+  void blur_rows(const BlurPool&, index_t begin, index_t end); \
+  void taps_grad(const TapsGrad&, const Parallel&);            \
+  void max_blur_pool(const MaxBlurPool&, const Parallel&);     \
   }
 
 ALIASFUSED_CPU_KERNELS(baseline)

@@ -1,7 +1,7 @@
 // How pixels come and go: gathered where they do not lie together, asked for ahead of time, written past the caches.
 #pragma once
 
-#include "../blur_pool.h"
+#include "kernels.h"
 #include "terms.h"
 
 namespace aliasfused {
@@ -103,6 +103,10 @@ inline void settle() {
   _mm_sfence();
 #endif
 }
+
+// Does all on the caller's thread.
+const Parallel serial{
+    [](index_t items, index_t, void (*body)(index_t, index_t, const void*), const void* context) { body(0, items, context); }};
 
 // Threads get pieces of at least this many pixels.
 constexpr index_t grain_pixels = 1 << 15;

@@ -204,16 +204,17 @@ struct ChannelTaps {
   }
 };
 
+// Rows [begin, end) of the results, those of all images counted through.
 template <typename T, bool ADJOINT, typename Pre>
-void blur_pixels(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
+void blur_pixels(const BlurPool& op, const Parallel& parallel, const Pre& pre, index_t begin, index_t end) {
   using acc = acc_t<T>;
   const auto run = [&](const auto* taps_h, const auto* taps_w) INLINED {
     using W = std::remove_cv_t<std::remove_reference_t<decltype(*taps_h)>>;
     const Pixels<T, ADJOINT, W, Pre> pixels{op, pre};
     AxisTerms<ADJOINT, W> rows(op.rows, op.src_stride.h), cols(op.cols, pixels.some_channels);
     rows.set_taps(taps_h), cols.set_taps(taps_w);
-    parallel(op.batch * pixels.out_rows, max(1, grain_pixels / max(op.cols.in * op.channels, 1)),
-             [&](index_t begin, index_t end) INLINED { pixels.run(begin, end, rows, cols); });
+    parallel(end - begin, max(1, grain_pixels / max(op.cols.in * op.channels, 1)),
+             [&](index_t first, index_t last) INLINED { pixels.run(begin + first, begin + last, rows, cols); });
   };
   if (op.per_channel) {
     const ChannelTaps<T> taps_h(op.taps_h, op.channels, op.rows.taps), taps_w(op.taps_w, op.channels, op.cols.taps);

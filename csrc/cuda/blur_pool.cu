@@ -118,32 +118,11 @@ bool with_tuned(const BlurPool& op, Call&& call) {
   else return with_taps(op, [&](auto k) { call(Tuned<scalar_t, decltype(k)::value>(op)); }, TunedTaps{});
 }
 
-template <typename Call>
-const char* with_dtype(Dtype dtype, Call&& call) {
-  switch (dtype) {
-    case Dtype::float32: return call(float{});
-    case Dtype::bfloat16: return call(__nv_bfloat16{});
-    case Dtype::float16: return call(__half{});
-    case Dtype::float64: return call(double{});
-  }
-  return "an unknown dtype";
-}
-
 template <typename scalar_t, typename T>
 const char* run_any(const BlurPool& op, const T& taps, void* stream) {
   const index_t items = op.batch * op.channels * dst_height(op) * dst_width(op);
   return launch(op.adjoint ? blur_any<scalar_t, true, T, Identity> : blur_any<scalar_t, false, T, Identity>, items, stream, op, taps,
                 Identity{});
-}
-
-// Taps as kernel arguments, of which there may be 32 KB.
-template <typename scalar_t, int CAPACITY>
-const char* run_shared(const BlurPool& op, void* stream) {
-  using acc = acc_t<scalar_t>;
-  SharedTaps<acc, CAPACITY> taps{};
-  std::copy_n(static_cast<const acc*>(op.taps_h), op.rows.taps, taps.h);
-  std::copy_n(static_cast<const acc*>(op.taps_w), op.cols.taps, taps.w);
-  return run_any<scalar_t>(op, taps, stream);
 }
 
 }  // namespace
@@ -163,10 +142,7 @@ const char* blur_pool_cuda(const BlurPool& op, void* stream) {
       if (done) error = tuned.run(op, stream);
     });
     if (done) return error;
-    const int most = std::max(op.rows.taps, op.cols.taps);
-    if (most <= 8) return run_shared<scalar_t, 8>(op, stream);
-    if (most <= 1024) return run_shared<scalar_t, 1024>(op, stream);
-    return "more than 1024 taps given as numbers; give them as tensors (C, k)";
+    return with_shared_taps<acc>(op, [&](const auto& taps) { return run_any<scalar_t>(op, taps, stream); });
   });
 }
 

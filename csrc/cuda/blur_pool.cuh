@@ -9,77 +9,21 @@
 #pragma once
 
 #include "../blur_pool.h"
+#include "any.cuh"
 #include "lanes.cuh"
-#include "launch.h"
 
 namespace aliasfused {
 
-// What happens to a pixel between its load and its filter; a border of zeros lies behind it.
-struct Identity {
-  template <typename acc>
-  HOST_DEVICE acc operator()(acc value, index_t /*channel*/) const {
-    return value;
-  }
-};
-
 // ---- every op
-
-template <typename acc, int CAPACITY>
-struct SharedTaps {
-  acc h[CAPACITY], w[CAPACITY];
-  __device__ const acc* rows(index_t) const { return h; }
-  __device__ const acc* cols(index_t) const { return w; }
-};
-
-template <typename acc>
-struct ChannelTaps {
-  const acc *h, *w;
-  int size_h, size_w;
-  __device__ const acc* rows(index_t c) const { return h + c * size_h; }
-  __device__ const acc* cols(index_t c) const { return w + c * size_w; }
-};
-
-// index % size, leaving index / size behind; 64-bit division is slow and rarely needed.
-__device__ inline index_t split(index_t& index, index_t size) {
-  const index_t whole = index <= 0xffffffffLL && size <= 0xffffffffLL
-                            ? static_cast<index_t>(static_cast<uint32_t>(index) / static_cast<uint32_t>(size))
-                            : index / size;
-  const index_t rest = index - whole * size;
-  index = whole;
-  return rest;
-}
-
-// One source row filtered for column w. Not inlined: the adjoint would repeat it at every place where a border visits a row.
-template <bool ADJOINT, typename acc, typename scalar_t, typename Pre>
-__device__ __attribute__((noinline)) acc filtered(const Axis& cols, index_t w, const acc* taps, const scalar_t* row, index_t stride,
-                                                  index_t c, const Pre& pre) {
-  acc line = 0;
-  const auto add = [&](index_t col, int q) { line += taps[q] * pre(static_cast<acc>(row[col * stride]), c); };
-  if constexpr (ADJOINT) cols.outputs_of(w, add);
-  else cols.inputs_of(w, add);
-  return line;
-}
 
 template <typename scalar_t, bool ADJOINT, typename Taps, typename Pre>
 __global__ void __launch_bounds__(block_threads)
     blur_any(const __grid_constant__ BlurPool op, const __grid_constant__ Taps taps, const Pre pre) {
-  using acc = acc_t<scalar_t>;
-  const index_t height = ADJOINT ? op.rows.in : op.rows.out, width = ADJOINT ? op.cols.in : op.cols.out;
-  const bool channels_last = op.dst_stride.c < op.dst_stride.w;
-  index_t index = static_cast<index_t>(blockIdx.x) * block_threads + threadIdx.x, c = 0;
-  if (index >= op.batch * op.channels * height * width) return;
-  if (channels_last) c = split(index, op.channels);
-  const index_t w = split(index, width), h = split(index, height);
-  if (!channels_last) c = split(index, op.channels);
-
-  const Strides &s = op.src_stride, &d = op.dst_stride;
-  const scalar_t* src = static_cast<const scalar_t*>(op.src) + index * s.n + c * s.c;
-  const acc *taps_h = taps.rows(c), *taps_w = taps.cols(c);
-  acc sum = 0;
-  const auto add_row = [&](index_t row, int p) { sum += taps_h[p] * filtered<ADJOINT>(op.cols, w, taps_w, src + row * s.h, s.w, c, pre); };
-  if constexpr (ADJOINT) op.rows.outputs_of(h, add_row);
-  else op.rows.inputs_of(h, add_row);
-  static_cast<scalar_t*>(op.dst)[index * d.n + c * d.c + h * d.h + w * d.w] = static_cast<scalar_t>(sum);
+  Place at;
+  if (!at.find(op.batch, op.channels, ADJOINT ? op.rows.in : op.rows.out, ADJOINT ? op.cols.in : op.cols.out, op.dst_stride)) return;
+  const Plane<scalar_t, Pre> src(op.src, op.src_stride, at.n, at.c, pre);
+  const auto sum = blurred<ADJOINT>(op, taps.rows(at.c), taps.cols(at.c), src, at.h, at.w);
+  static_cast<scalar_t*>(op.dst)[at.offset(op.dst_stride)] = static_cast<scalar_t>(sum);
 }
 
 // ---- stride 2, K shared taps
@@ -190,7 +134,7 @@ __global__ void __launch_bounds__(block_threads) taps_grad(const __grid_constant
   const Strides &s = op.x_stride, &d = op.dy_stride;
   const acc* other = static_cast<const acc*>(op.other) + c * cross.taps;
   const index_t step = along_rows ? s.h : s.w, cross_step = along_rows ? s.w : s.h;
-  acc sum = 0;
+  acc sum[1] = {};
   for (index_t row = threadIdx.x / 32; row < op.batch * op.rows.out; row += block_threads / 32) {
     index_t n = row;
     const index_t i = split(n, op.rows.out);
@@ -202,16 +146,11 @@ __global__ void __launch_bounds__(block_threads) taps_grad(const __grid_constant
       acc line = 0;
       cross.inputs_of(along_rows ? j : i,
                       [&](index_t at, int q) { line += other[q] * pre(static_cast<acc>(x[from * step + at * cross_step]), c); });
-      sum += static_cast<acc>(dy[j * d.w]) * line;
+      sum[0] += static_cast<acc>(dy[j * d.w]) * line;
     }
   }
-  __shared__ acc partial[block_threads];
-  partial[threadIdx.x] = sum;
-  for (unsigned half = block_threads / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) static_cast<acc*>(op.dst)[c * axis.taps + p] = partial[0];
+  block_sum(sum);
+  if (threadIdx.x == 0) static_cast<acc*>(op.dst)[c * axis.taps + p] = sum[0];
 }
 
 }  // namespace aliasfused

@@ -4,8 +4,10 @@
 
 #include <array>
 #include <stdexcept>
+#include <tuple>
 
 #include "cuda/blur_pool.h"
+#include "cuda/max_blur_pool.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
@@ -54,6 +56,21 @@ PYBIND11_MODULE(emulated, m) {
                                 strides_of(dy_stride), strides_of(x_stride), at(other), at(dst)},
                                nullptr));
         });
+  // act: which, and its two numbers; window: the maximum's height and width, what it sees above and left of x, x's height, width.
+  m.def("max_blur_pool", [](int dtype, bool adjoint, index_t batch, index_t channels, std::array<index_t, 6> rows,
+                            std::array<index_t, 6> cols, uintptr_t src, uintptr_t dst, std::array<index_t, 4> src_stride,
+                            std::array<index_t, 4> dst_stride, uintptr_t taps_h, uintptr_t taps_w, std::tuple<int, double, double> act,
+                            uintptr_t affine, std::array<index_t, 6> window, uintptr_t x, std::array<index_t, 4> x_stride,
+                            uintptr_t correction, uintptr_t sums) {
+    MaxBlurPool op{};
+    op.blur = {
+        static_cast<Dtype>(dtype), adjoint,    batch,      channels, axis_of(rows), axis_of(cols), at(src), at(dst), strides_of(src_stride),
+        strides_of(dst_stride),    at(taps_h), at(taps_w), false};
+    op.pre = {static_cast<Act>(std::get<0>(act)), std::get<1>(act), std::get<2>(act), at(affine), static_cast<int>(window[0]),
+              static_cast<int>(window[1]),        window[2],        window[3],        window[4],  window[5]};
+    op.x = at(x), op.x_stride = strides_of(x_stride), op.correction = at(correction), op.sums = at(sums);
+    check(max_blur_pool_cuda(op, nullptr));
+  });
   m.def("to_half", [](float v) { return static_cast<float>(__half(v)); });
   m.def("to_bfloat16", [](float v) { return static_cast<float>(__nv_bfloat16(v)); });
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/blur_pool.h"
+#include "cuda/max_blur_pool.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 
@@ -74,6 +75,29 @@ void run(Dtype dtype, index_t c, index_t h, index_t w, int k, int stride, Border
   }
 }
 
+// A maximum over kh x kw that sees as far beyond x as it may, then a blur of k taps.
+template <typename scalar_t>
+void run_step(Dtype dtype, Act act, index_t c, index_t h, index_t w, int kh, int kw, int k, int stride, Border border, bool channels_last) {
+  using acc = acc_t<scalar_t>;
+  const index_t n = 2, before = (k - 1) / 2;
+  const auto axis = [&](index_t in) { return Axis{in, (in - 1) / stride + 1, before, k, stride, border}; };
+  const Axis rows = axis(h + kh - 1), cols = axis(w + kw - 1);
+  const auto elements = [&](index_t rows, index_t cols) { return static_cast<size_t>(n * c * rows * cols); };
+  Buffer<acc> taps(k, 1.0f / k), affine(3 * c, 1), correction(2 * c, 1), sums(2 * c, NAN);
+  Buffer<scalar_t> x(elements(h, w), 1), y(elements(rows.out, cols.out), NAN), dy(elements(rows.out, cols.out), 1), dx(elements(h, w), NAN);
+  const Strides small = layout(channels_last, c, rows.out, cols.out), large = layout(channels_last, c, h, w);
+  MaxBlurPool op{};
+  op.blur = {dtype, false, n, c, rows, cols, x.data, y.data, large, small, taps.data, taps.data, false};
+  op.pre = {act, 0.5, 2, affine.data, kh, kw, kh - 1, kw - 1, h, w};
+  if (max_blur_pool_cuda(op, nullptr)) std::abort();
+  y.expect_written("max_blur_any");
+  op.blur.adjoint = true, op.blur.src = dy.data, op.blur.dst = dx.data, op.blur.src_stride = small, op.blur.dst_stride = large;
+  op.x = x.data, op.x_stride = large, op.correction = correction.data, op.sums = sums.data;
+  if (max_blur_pool_cuda(op, nullptr)) std::abort();
+  dx.expect_written("max_blur_grad"), sums.expect_written("max_blur_sums");
+  cases += 3;
+}
+
 }  // namespace
 
 int main() {
@@ -90,5 +114,16 @@ int main() {
           run<__half>(Dtype::float16, c, size[0], size[1], k, 2, border, channels_last);
           run<double>(Dtype::float64, c, size[0], size[1], k, 1 + k % 3, border, channels_last);
         }
+  for (const auto& size : sizes)
+    for (int act = 0; act < 9; ++act)
+      for (const bool channels_last : {false, true}) {
+        const Border border = static_cast<Border>(turn++ * 5 / 4 % 4);
+        const int kh = 1 + turn % 3, kw = 1 + turn / 3 % 3, k = 1 + turn % 5, stride = 1 + turn % 3;
+        run_step<float>(Dtype::float32, static_cast<Act>(act), 3, size[0], size[1], kh, kw, k, stride, border, channels_last);
+        run_step<__nv_bfloat16>(Dtype::bfloat16, static_cast<Act>(act), 1, size[0], size[1], kh, kw, k, 2, border, channels_last);
+        if (act % 3) continue;
+        run_step<__half>(Dtype::float16, static_cast<Act>(act), 2, size[0], size[1], kw, kh, k, 2, border, channels_last);
+        run_step<double>(Dtype::float64, static_cast<Act>(act), 2, size[0], size[1], kh, kw, 9, stride, border, channels_last);
+      }
   std::printf("%d cases\n", cases);
 }

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from aliasfused import filters
 from aliasfused.kernels.triton import blur_pool as ours
+from aliasfused.kernels.triton import max_blur_pool as steps
 from aliasfused.kernels.triton.launch import options
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
@@ -52,17 +53,25 @@ def cuobjdump() -> str:
 def compiled(kernel, arguments, capability=90):
     """Compile as a launch with these arguments would: ones and multiples of 16 are made known to the compiler."""
     signature, constants, attributes = {}, {}, {}
+
+    def typed(value, path, specialised):
+        if isinstance(value, tuple):
+            return tuple(typed(element, (*path, j), True) for j, element in enumerate(value))
+        if value is None or (specialised and isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return POINTERS[value.dtype]
+        return "i32" if abs(value) < 2**31 else "i64"
+
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
-        specialised = name not in kernel.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialised and isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        if parameter.is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", value
         else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if specialised and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            signature[name] = typed(value, (i,), name not in kernel.do_not_specialize)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options(ours.THREADS))
 
@@ -152,12 +161,63 @@ def test_gather(adjoint, learned):
     assert 16 in widths(compiled(kernel, arguments), "ld")
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """What would have been launched, as (kernel, arguments)."""
+    calls = []
+    for module in (ours, steps):
+        monkeypatch.setattr(
+            module, "launch", lambda device, threads, kernel, _, arguments: calls.append((kernel, arguments))
+        )
+    return calls
+
+
 @pytest.mark.parametrize("axis", [0, 1])
-def test_taps_grad(axis, monkeypatch):
-    launched = []
-    monkeypatch.setattr(
-        ours, "launch", lambda device, threads, kernel, programs, arguments: launched.append((kernel, arguments))
-    )
+def test_taps_grad(axis, launched):
     x, dy = torch.empty(8, 64, 56, 56, device="meta"), torch.empty(8, 64, 28, 28, device="meta")
     ours.blur_pool_taps_grad(dy, x, torch.empty(64, 4, device="meta"), axis, 3, (2, 2), [1, 1, 1, 2], "reflect")
     compiled(*launched[0])
+
+
+def step(act, kernel, dtype, shape=(8, 64, 56, 56), channels_last=False, affine=True):
+    """Launch forward, backward and sums of tensors without memory."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+    table = torch.empty(3, shape[1], dtype=torch.promote_types(dtype, torch.float32), device="meta") if affine else None
+    numbers, pads = (
+        (1.0, 20.0) if act == "softplus" else (),
+        [(k - 1) // 2 for k in (kernel[1], kernel[1], kernel[0], kernel[0])],
+    )
+    rest = (act, numbers, kernel, pads, filters.binomial(4), filters.binomial(3), (2, 2), [1, 1, 1, 2], "reflect")
+    y = steps.max_blur_pool_fwd(x, table, *rest)
+    steps.max_blur_pool_bwd(y, x, table, table if table is None else table[:2], *rest)
+    steps.max_blur_pool_sums(y, x, table, *rest)
+
+
+@LAYOUT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_step(dtype, channels_last, launched):
+    """Where C is contiguous, whole vectors of it are loaded and stored."""
+    step("relu", (3, 3), dtype, channels_last=channels_last)
+    forward, backward, _ = (compiled(*call) for call in launched)
+    assert forward.metadata.shared == 0
+    for binary in (forward, backward):
+        assert widths(binary, "st") == ({16} if channels_last else {dtype.itemsize})
+        # The rest are tables.
+        assert not channels_last or widths(binary, "ld") == {16, 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "softplus"])
+def test_activations(act, dtype, launched):
+    """An approximate logarithm is not one near 1."""
+    step(act, (1, 1), dtype, affine=False)
+    for call in launched:
+        assert "lg2.approx" not in compiled(*call).asm["ptx"]
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 5, 1), (2**31, 1, 8, 8)], ids=["strides of one", "wide"])
+def test_steps_of_other_images(shape, launched):
+    step("none", (2, 2) if shape[3] > 1 else (2, 1), torch.float16, shape)
+    for call in launched:
+        compiled(*call)

@@ -5,15 +5,23 @@ A batch of unit impulses, one an image, shows the whole operator at once, and it
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._prims_common import suggest_memory_format
 
 import aliasfused
+import tolerances
 from aliasfused import filters
 from aliasfused.kernels import reference
 from aliasfused.kernels.triton import blur_pool as ours
+from aliasfused.kernels.triton import max_blur_pool as steps
+from cases import StepCase, coarse, laid_out, random
+from test_contract import Told
+from truth import Step
 
 BORDERS = ("reflect", "replicate", "zeros", "circular")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -23,6 +31,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def large_tiles(monkeypatch):
     """The interpreter pays for each program, hardly for its size."""
     monkeypatch.setattr(ours, "THREADS", 1024)
+    monkeypatch.setattr(steps, "THREADS", 1024)
 
 
 @pytest.fixture
@@ -259,6 +268,11 @@ def test_beyond_32_bit_addresses():
         args = (stride, same(3, 3), "reflect")
         y = ours.blur_pool_fwd(x, *taps, *args)
         assert_close(y, x, taps, lambda x, args=args: reference.blur_pool_fwd(x, *taps, *args))
+    rest = ("none", (), (1, 2), (0,) * 4, [1.0], [1.0], (1, 1), (0,) * 4, "zeros")
+    assert torch.equal(steps.max_blur_pool_fwd(x, None, *rest), F.max_pool2d(x, (1, 2), 1))
+    dy, near = x[..., :3], (x[..., :3].clone(), x.clone())
+    dx = steps.max_blur_pool_bwd(dy, x, None, None, *rest)
+    assert torch.equal(dx, steps.max_blur_pool_bwd(*near, None, None, *rest))
 
 
 def test_through_the_public_function():
@@ -268,9 +282,154 @@ def test_through_the_public_function():
     with aliasfused.use_backend("triton"):
         assert torch.autograd.gradcheck(lambda x: aliasfused.blur_pool2d(x, 3), x, fast_mode=True)
         assert torch.autograd.gradgradcheck(lambda a: aliasfused.blur_pool2d(x, (a, 1)), a, fast_mode=True)
+        scale = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        step = functools.partial(aliasfused.max_blur_pool2d, kernel_size=(1, 2), taps=2, act="silu")
+        assert torch.autograd.gradcheck(lambda x, scale: step(x, scale=scale), (x, scale), fast_mode=True)
 
 
 def test_status():
     rows = {b.device: b for b in aliasfused.backends() if b.name == "triton"}
     assert rows["cpu"].available and rows["cpu"].detail.startswith("triton ")
     assert rows["cuda"].available == (torch.version.cuda is not None)
+
+
+def assert_step(case: StepCase, dtype: torch.dtype, layout: str) -> None:
+    """Forward, backward and sums against the truth; where there is an affine, backward is given a correction too."""
+    x = laid_out(coarse(*case.shape, dtype=dtype), layout)
+    dy = laid_out(random(*case.shape[:2], *case.out, dtype=dtype, seed=1), layout)
+    told, ulps = Told(case, dtype, "cpu"), 1.0 if dtype is torch.bfloat16 else 0.5
+    y = steps.max_blur_pool_fwd(x, told.affine, *told.rest)
+    truth = told.truth.blur.forward(told.truth.prepared(x))
+    assert y.dtype is dtype and y.stride() == reference.max_blur_pool_fwd(x, told.affine, *told.rest).stride()
+    tolerances.assert_within(y, truth, tolerances.step_forward(told.truth, x, truth, ulps), "y")
+    correction = told.correction if case.affine else None
+    dx = steps.max_blur_pool_bwd(dy, x, told.affine, correction, *told.rest)
+    du, centred = told.truth.du(x, dy), told.truth.centred(x)
+    truth = du
+    if case.affine:
+        shift, slope = correction.double()[:, :, None, None].unbind()
+        truth = du * told.truth.affine[1, :, None, None] + shift + slope * centred
+    assert (
+        dx.dtype is dtype
+        and dx.stride() == reference._like(x, x, suggest_memory_format(x) is torch.channels_last).stride()
+    )
+    tolerances.assert_within(dx, truth, tolerances.step_backward(told.truth, x, dy, correction, truth, ulps), "dx")
+    sums = steps.max_blur_pool_sums(dy, x, told.affine, *told.rest)
+    assert sums.dtype is tolerances.accumulator(dtype)
+    truth = torch.stack([du.sum((0, 2, 3)), (du * centred).sum((0, 2, 3))])
+    tolerances.assert_within(sums, truth, tolerances.step_sums(told.truth, x, dy, du), "sums")
+
+
+ACTS = {
+    "none": (), "relu": (), "relu6": (), "silu": (), "gelu": (), "gelu_tanh": (), "hardswish": (), "leaky_relu": (-0.5,),
+    "softplus": (2.0, 1.5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("act", ACTS)
+def test_activations(act, dtype):
+    """Without a maximum; at corners too, as arguments are eighths between -4 and 4, or with an affine -10 and 10."""
+    affine = act == "relu6" or list(ACTS).index(act) % 2 == DTYPES.index(dtype)
+    assert_step(
+        StepCase("", (9, 13), (2, 3), (2, 2), None, "zeros", 2, 3, act, ACTS[act], affine=affine), dtype, "nhwc"
+    )
+
+
+@pytest.mark.parametrize("act", ["silu", "softplus"])
+def test_tails(act):
+    """What is small is right in all its digits."""
+    x = torch.linspace(-80, 0, 161).view(1, 1, 1, -1)
+    numbers, truth = ((1.0, 20.0), F.softplus) if act == "softplus" else ((), F.silu)
+    y = steps.max_blur_pool_fwd(x, None, act, numbers, (1, 1), (0,) * 4, [1.0], [1.0], (1, 1), (0,) * 4, "zeros")
+    torch.testing.assert_close(y.double(), truth(x.double()), rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+STEPS = (
+    (BF16, "nhwc", StepCase("the usual one",
+        (5, 6), kernel=(2, 2), act="relu", affine=True, batch=1,
+    )),
+    (FP32, "slice", StepCase("every window's border is one of x",
+        (5, 4), (3, 3), kernel=(2, 2), max_padding=(1, 1, 1, 1), pad_mode="replicate", channels=1,
+    )),
+    (FP16, "slice of nhwc", StepCase("a pad ahead and one behind",
+        (4, 5), (3, 3), (3, 1), kernel=(2, 2), max_padding=(1, 0, 0, 1), pad_mode="circular", affine=True, batch=1,
+    )),
+    (FP64, "nhwc", StepCase("of a ResNet",
+        (5, 6), (3, 3), act="relu", kernel=(3, 3), max_padding=(1, 1, 1, 1), affine=True, batch=1,
+    )),
+    (BF16, "nchw", StepCase("no pad",
+        (6, 5), (2, 2), (1, 2), act="hardswish", kernel=(3, 3), pad_mode="circular", channels=1,
+    )),
+    (FP32, "slice of nhwc", StepCase("three pads of four",
+        (4, 4), (3, 2), act="leaky_relu", act_args=(0.25,), kernel=(3, 3), max_padding=(1, 0, 1, 1), pad_mode="zeros",
+    )),
+    (FP64, "transposed", StepCase("unequal sides",
+        (5, 7), (3, 2), (2, 3), None, "zeros", 1, 2, "silu", (), (2, 3), (1, 1, 0, 0), True,
+    )),
+    (FP32, "nhwc", StepCase("unequal sides, stride 1",
+        (3, 4), (2, 3), (1, 1), None, "replicate", 1, 3, "relu6", (), (2, 3), (0, 1, 1, 0), True,
+    )),
+    (FP16, "steps", StepCase("the other axis alone",
+        (5, 3), (3, 1), (3, 2), None, "reflect", 1, 1, "softplus", (1.0, 20.0), (3, 1), (0, 0, 1, 1),
+    )),
+    (FP32, "expanded", StepCase("the same pixel everywhere",
+        (4, 5), (1, 2), kernel=(2, 2), pad_mode="zeros", channels=1,
+    )),
+    (FP64, "nchw", StepCase("fewer pixels than in a window",
+        (1, 2), (2, 2), kernel=(3, 3), max_padding=(1, 1, 1, 1),
+    )),
+    (FP64, "nchw", StepCase("a larger window, pixels that no output reads",
+        (6, 7), (1, 2), (4, 3), None, "zeros", 1, 1, "gelu", (), (5, 4), (2, 2, 2, 2),
+    )),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "layout", "case"), STEPS, ids=[case.reason for _, _, case in STEPS])
+def test_steps(dtype, layout, case):
+    assert_step(case, dtype, layout)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "max_padding"),
+    [((2, 2), (1, 0, 0, 1)), ((3, 3), (1, 1, 1, 1)), ((2, 3), (1, 1, 1, 0)), ((1, 2), (0,) * 4)],
+)
+def test_who_wins_a_window(kernel, max_padding):
+    """Of equals the first, of nans the last, and of -inf alone the first that is in x: as in torch's maximum."""
+    values = torch.tensor([-torch.inf, -torch.inf, -torch.inf, 0, 1, 1, torch.inf, torch.nan], dtype=torch.float64)
+    x = values[torch.randint(len(values), (1, 16, 4, 5), generator=torch.Generator().manual_seed(0))]
+    rest = ("none", (), kernel, max_padding, [1.0], [1.0], (1, 1), (0,) * 4, "zeros")
+    truth = Step("none", (), None, kernel, max_padding, None)
+    channels_last = x.to(memory_format=torch.channels_last)
+    z = steps.max_blur_pool_fwd(channels_last, None, *rest)
+    torch.testing.assert_close(z, truth.maxima(x), rtol=0, atol=0, equal_nan=True, check_stride=False)
+    dz = coarse(*z.shape)
+    dx = steps.max_blur_pool_bwd(dz, channels_last, None, None, *rest)
+    torch.testing.assert_close(dx, truth.spread(x, dz), rtol=0, atol=0, check_stride=False)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_steps_in_several_programs_and_shares(layout, monkeypatch):
+    """The same bits each time."""
+    monkeypatch.setattr(steps, "THREADS", 32)
+    monkeypatch.setattr(steps, "SHARES", 2)
+    size, channels = ((3, 3), 34) if layout == "nhwc" else ((3, 100), 2)
+    case = StepCase("", size, (1, 2), (1, 2), None, "zeros", 1, channels, "relu", (), (1, 2))
+    assert_step(case, torch.float64, layout)
+    x, dy = (
+        laid_out(random(*case.shape, dtype=torch.float32), layout),
+        random(*case.shape[:2], *case.out, dtype=torch.float32),
+    )
+    rest = Told(case, torch.float32, "cpu").rest
+    first, second = (steps.max_blur_pool_sums(dy, x, None, *rest) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4)])
+def test_empty_step(shape):
+    x, rest = torch.empty(shape), ("relu", (), (2, 2), (0,) * 4, row(3), row(3), (2, 2), same(3, 3), "reflect")
+    y = steps.max_blur_pool_fwd(x, None, *rest)
+    assert y.shape == (*shape[:2], 2, 2)
+    assert steps.max_blur_pool_bwd(y, x, None, None, *rest).shape == shape
+    assert torch.equal(steps.max_blur_pool_sums(y, x, None, *rest), torch.zeros(2, shape[1]))

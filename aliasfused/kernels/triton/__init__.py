@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -10,14 +11,16 @@ from typing import Any
 
 import torch
 
-_OPS = ("blur_pool_fwd", "blur_pool_bwd", "blur_pool_taps_fwd", "blur_pool_taps_bwd", "blur_pool_taps_grad")
+_OPS = {
+    "blur_pool": ("blur_pool_fwd", "blur_pool_bwd", "blur_pool_taps_fwd", "blur_pool_taps_bwd", "blur_pool_taps_grad"),
+    "max_blur_pool": ("max_blur_pool_fwd", "max_blur_pool_bwd", "max_blur_pool_sums"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _OPS:
-        from . import blur_pool
-
-        return getattr(blur_pool, name)
+    for module, ops in _OPS.items():
+        if name in ops:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

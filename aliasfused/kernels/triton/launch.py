@@ -48,6 +48,25 @@ class Axis(NamedTuple):
         return count * -(-self.k // self.stride), ahead
 
 
+class Blur(NamedTuple):
+    """A blur by numbers, which are compile-time constants, as is all else that does not depend on sizes."""
+
+    taps_h: tuple[float, ...]
+    taps_w: tuple[float, ...]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]  # left, right, top, bottom
+    border: str
+
+    def axes(self, height: int, width: int) -> tuple[Axis, Axis]:
+        """Of a map of this size."""
+        (k_h, k_w), (left, right, top, bottom) = (len(self.taps_h), len(self.taps_w)), self.padding
+        out_height = (height + top + bottom - k_h) // self.stride[0] + 1
+        out_width = (width + left + right - k_w) // self.stride[1] + 1
+        return Axis.of(height, out_height, k_h, self.stride[0], top), Axis.of(
+            width, out_width, k_w, self.stride[1], left
+        )
+
+
 class Operand(NamedTuple):
     """What a plan depends on of a tensor, hashable."""
 

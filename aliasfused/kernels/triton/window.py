@@ -55,9 +55,11 @@ def images(n: int, before: int, after: int, border: str) -> tuple[int, int]:
         return 1 + before + after, before
     if border == "zeros" or before == after == 0:
         return 1, 0
-    period = max(2 * (n - 1), 1) if border == "reflect" else n
-    ahead, behind = -(-before // period), -(-after // period)
-    return (2 * (ahead + behind + 2) if border == "reflect" else ahead + behind + 1), ahead
+    if border == "circular" or n == 1:
+        ahead, behind = -(-before // n), -(-after // n)
+    else:
+        ahead, behind = (before // (n - 1) + 1) // 2, -(-after // (2 * (n - 1)))
+    return (2 if border == "reflect" else 1) * (ahead + behind + 1), ahead
 
 
 @triton.jit

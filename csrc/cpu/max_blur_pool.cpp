@@ -1,0 +1,268 @@
+// A prologue (affine, activation, maximum), then a blur, and their gradients, on a CPU. Neither the prepared map z nor the
+// gradient of z ever reaches memory as a whole: some planes (NCHW) or rows of an image (NHWC) of it, in a buffer that a cache
+// holds, lie between the rows of prologue.h and the blur's own kernels.
+#include "kernels.h"
+#include "memory.h"
+#include "prologue.h"
+
+namespace aliasfused {
+namespace AF_ISA {
+namespace {
+
+constexpr index_t buffered = 1 << 16;  // pixels of z at a time
+
+// Rows of v (or whatever else) of which the last few are at hand.
+template <typename E>
+struct Ring {
+  index_t pitch;
+  int n;
+  Scratch<E> data;
+  Ring(int rows, index_t elements) : pitch(round_up(elements, 64)), n(rows), data(pitch * rows) {}
+  E* operator[](index_t row) const { return data.data + row % n * pitch; }
+};
+
+struct Range {
+  index_t lo, hi;
+};
+
+// Rows [lo, hi) of z that rows [begin, end) of y are sums of.
+Range read_by(const Axis& rows, index_t begin, index_t end) {
+  Range range{rows.in, 0};
+  for (index_t o = begin; o < end; ++o)
+    rows.inputs_of(o, [&](index_t h, int) { range.lo = min(range.lo, h), range.hi = max(range.hi, h + 1); });
+  return range.lo < range.hi ? range : Range{0, 0};
+}
+
+template <typename T, bool PIXELS, typename A>
+struct Side {
+  using acc = acc_t<T>;
+  using Rows = PrologueRows<T, PIXELS>;
+  using Bits = typename Rows::Bits;
+
+  const MaxBlurPool& op;
+  const A act;
+  const Rows rows{op};
+  const typename Rows::Tables tables{op};
+  const BlurPool& blur = op.blur;
+  const Prologue& pre = op.pre;
+  // An item is some rows of an image's results, or some whole planes.
+  index_t result_rows = blur.adjoint ? pre.height : blur.rows.out;
+  index_t planes_of_item = PIXELS ? 1 : max(1, buffered / max(blur.rows.in * blur.cols.in, 1));
+  index_t rows_of_item = PIXELS ? max(4, buffered / max(rows.z_row * (blur.adjoint ? 1 : blur.rows.stride), 1)) : result_rows;
+  index_t strips = (result_rows + rows_of_item - 1) / rows_of_item;
+  index_t planes = PIXELS ? blur.batch : blur.batch * blur.channels;
+  index_t items = PIXELS ? planes * strips : (planes + planes_of_item - 1) / planes_of_item;
+
+  // f(k) with the size of a window as a compile-time number where it is a usual one, else 0.
+  template <typename F>
+  INLINED static void sized(int k, F&& f) {
+    if constexpr (is_tuned<acc>) {
+      if (k == 2) return f(std::integral_constant<int, 2>{});
+      if (k == 3) return f(std::integral_constant<int, 3>{});
+    }
+    f(std::integral_constant<int, 0>{});
+  }
+
+  // What one thread needs for a row of z, or for one of dx.
+  struct Memory {
+    Scratch<acc> v;
+    Ring<acc> highest;
+    Ring<int8_t> column, row;  // of the winner
+    Scratch<acc> won, dv, part;
+    Scratch<T> copy;
+    Scratch<const acc*> highest_rows;
+    Scratch<const int8_t*> winner_rows;
+    Scratch<const T*> gradient_rows;
+    index_t end = -1;  // the row of x after the last one met
+    Memory(const Side& s, bool adjoint)
+        : v(s.max_elements(true)),
+          highest(s.pre.kernel_h, s.max_elements(true)),
+          column(s.pre.kernel_h, s.max_elements(adjoint)),
+          row(s.pre.kernel_h, s.max_elements(adjoint)),
+          won(s.max_elements(adjoint)),
+          dv(s.max_elements(adjoint)),
+          part(adjoint ? 2 * (round_up(s.rows.channels, s.rows.lanes) + s.rows.lanes) : 0),
+          copy(s.rows.row),
+          highest_rows(s.pre.kernel_h),
+          winner_rows(s.pre.kernel_h),
+          gradient_rows(s.pre.kernel_h) {}
+  };
+  index_t max_elements(bool needed) const { return needed && rows.has_max ? rows.extended + rows.reach + 2 * rows.lanes : 0; }
+
+  // Row j of z, or with WHICH which rows it is from. To be called for rising j.
+  template <bool WHICH>
+  void window(Memory& m, const void* x, const Strides& s, index_t n, index_t c, index_t j, T* z) const {
+    const index_t lo = max(j - pre.top, 0), hi = min(j - pre.top + pre.kernel_h, pre.height);
+    for (index_t h = max(m.end, lo); h < hi; ++h) {
+      rows.activate_row(act, tables, rows.x_row(x, s, n, c, h, m.copy.data), c, m.v.data);
+      sized(pre.kernel_w, [&](auto k) INLINED {
+        Rows::template along<k, WHICH>(m.v.data, rows.z_row, rows.channels, pre.kernel_w, pre.left, m.highest[h],
+                                       WHICH ? m.column[h] : nullptr);
+      });
+    }
+    m.end = hi;
+    for (index_t h = lo; h < hi; ++h) m.highest_rows.data[h - lo] = m.highest[h];
+    const int count = static_cast<int>(hi - lo), first = static_cast<int>(lo - (j - pre.top));
+    sized(count, [&](auto k) INLINED {
+      Rows::template across<k, WHICH>(m.highest_rows.data, count, first, rows.z_row, z, WHICH ? m.row[j] : nullptr);
+    });
+  }
+
+  // Rows [lo, hi) of z, from channel c of image n on.
+  void prepare(Memory& m, index_t n, index_t c, index_t lo, index_t hi, T* z) const {
+    m.end = -1;
+    const Strides& s = blur.src_stride;
+    if (!rows.has_max) {
+      const index_t together = rows.follow_each_other(s) ? hi - lo : 1;
+      for (index_t j = lo; j < hi; j += together, z += together * rows.z_row)
+        rows.activate_alone(act, tables, rows.x_row(blur.src, s, n, c, j, m.copy.data), together * rows.row, c, z);
+      return;
+    }
+    for (index_t j = lo; j < hi; ++j, z += rows.z_row) window<false>(m, blur.src, s, n, c, j, z);
+  }
+
+  // Rows [begin, end) of dx out of the gradient of z, which begins at row `lo`.
+  void finish(Memory& m, index_t n, index_t c, index_t begin, index_t end, const T* g, index_t lo, double* sums) const {
+    T* dx = blur.dst ? static_cast<T*>(blur.dst) + n * blur.dst_stride.n + c * blur.dst_stride.c + begin * blur.dst_stride.h : nullptr;
+    const auto put = [&](index_t h, index_t together, const auto* dv) {
+      const T* x = rows.x_row(op.x, op.x_stride, n, c, h, m.copy.data);
+      rows.gradient(act, tables, x, dv, together * rows.row, c, dx, m.part.data, sums);
+      if (dx) dx += together * rows.row;
+    };
+    if (!rows.has_max) {
+      const index_t together = rows.follow_each_other(op.x_stride) ? end - begin : 1;
+      for (index_t h = begin; h < end; h += together) put(h, together, g + (h - lo) * rows.z_row);
+      return;
+    }
+    m.end = -1;
+    index_t seen = lo;
+    for (index_t h = begin; h < end; ++h) {
+      const index_t from = max(h + pre.top - pre.kernel_h + 1, 0), to = min(h + pre.top + 1, rows.z_rows);
+      for (; seen < to; ++seen) window<true>(m, op.x, op.x_stride, n, c, seen, nullptr);
+      for (index_t j = from; j < to; ++j)
+        m.winner_rows.data[j - from] = m.row[j], m.gradient_rows.data[j - from] = g + (j - lo) * rows.z_row;
+      const int count = static_cast<int>(max(to - from, 0)), first = static_cast<int>(h + pre.top - from);
+      sized(count, [&](auto k) INLINED {
+        Rows::template won_across<k>(m.winner_rows.data, m.gradient_rows.data, count, first, rows.z_row, rows.reach, m.won.data);
+      });
+      sized(pre.kernel_w, [&](auto k) INLINED {
+        Rows::template won_along<k>(m.column[h], m.won.data, rows.row, rows.channels, pre.kernel_w, rows.left, m.dv.data);
+      });
+      put(h, 1, m.dv.data);
+    }
+  }
+
+  void forward(const Parallel& parallel) const {
+    parallel(items, 1, [&](index_t begin, index_t end) {
+      Memory memory(*this, false);
+      const Range most = PIXELS ? longest() : Range{0, blur.rows.in};
+      const index_t z_plane = blur.rows.in * rows.z_row;
+      const Scratch<T> z(PIXELS ? (most.hi - most.lo) * rows.z_row : planes_of_item * z_plane);
+      BlurPool part = blur;
+      part.batch = 1;
+      for (index_t item = begin; item < end; ++item) {
+        if (PIXELS) {
+          const Strides& d = blur.dst_stride;
+          const index_t n = item / strips, o = item % strips * rows_of_item, last = min(o + rows_of_item, result_rows);
+          const Range in = read_by(blur.rows, o, last);
+          prepare(memory, n, 0, in.lo, in.hi, z.data);
+          part.src = z.data - in.lo * rows.z_row, part.src_stride = {0, 1, rows.z_row, rows.channels};
+          part.dst = static_cast<T*>(blur.dst) + n * d.n + o * d.h;
+          blur_rows(part, o, last);
+        } else {
+          const index_t first = item * planes_of_item, some = min(planes_of_item, planes - first);
+          for (index_t q = 0; q < some; ++q)
+            prepare(memory, (first + q) / blur.channels, (first + q) % blur.channels, 0, blur.rows.in, z.data + q * z_plane);
+          part.channels = some;
+          part.src = z.data, part.src_stride = {0, z_plane, rows.z_row, 1};
+          const index_t y_plane = blur.rows.out * blur.cols.out;
+          part.dst = static_cast<T*>(blur.dst) + first * y_plane, part.dst_stride = {0, y_plane, blur.cols.out, 1};
+          blur_pool(part, serial);
+        }
+      }
+    });
+  }
+
+  void backward(const Parallel& parallel) const {
+    // Sums are kept apart for every item, and added up in their order: whoever computes them, the bits are the same.
+    const index_t parts = PIXELS ? items * 2 * blur.channels : planes * 2;
+    const Scratch<double> sums(op.sums ? parts : 0);
+    for (index_t i = 0; op.sums && i < parts; ++i) sums.data[i] = 0;
+    parallel(items, 1, [&](index_t begin, index_t end) {
+      Memory memory(*this, true);
+      const index_t z_plane = blur.rows.in * rows.z_row;
+      const Scratch<T> g(PIXELS ? min(rows_of_item + pre.kernel_h - 1, blur.rows.in) * rows.z_row : planes_of_item * z_plane);
+      BlurPool part = blur;
+      part.batch = 1, part.dst = g.data;
+      for (index_t item = begin; item < end; ++item) {
+        const Strides& s = blur.src_stride;
+        if (PIXELS) {
+          const index_t n = item / strips, h = item % strips * rows_of_item, last = min(h + rows_of_item, result_rows);
+          const index_t lo = max(h + pre.top - pre.kernel_h + 1, 0), hi = max(lo, min(last + pre.top, blur.rows.in));
+          part.src = static_cast<const T*>(blur.src) + n * s.n;
+          part.dst_stride = {0, 1, rows.z_row, rows.channels};
+          blur_rows(part, lo, hi);
+          finish(memory, n, 0, h, last, g.data, lo, op.sums ? sums.data + item * 2 * blur.channels : nullptr);
+        } else {
+          const index_t first = item * planes_of_item, some = min(planes_of_item, planes - first);
+          // Planes of one image after the other: of each image those that are in this item.
+          for (index_t q = 0, more; q < some; q += more) {
+            const index_t n = (first + q) / blur.channels, c = (first + q) % blur.channels;
+            more = min(some - q, blur.channels - c);
+            part.channels = more;
+            part.src = static_cast<const T*>(blur.src) + n * s.n + c * s.c;
+            part.dst = g.data + q * z_plane, part.dst_stride = {0, z_plane, rows.z_row, 1};
+            blur_pool(part, serial);
+          }
+          for (index_t q = 0; q < some; ++q)
+            finish(memory, (first + q) / blur.channels, (first + q) % blur.channels, 0, result_rows, g.data + q * z_plane, 0,
+                   op.sums ? sums.data + (first + q) * 2 : nullptr);
+        }
+      }
+    });
+    if (!op.sums) return;
+    acc* total = static_cast<acc*>(op.sums);
+    for (index_t c = 0; c < blur.channels; ++c)
+      for (int i = 0; i < 2; ++i) {
+        double sum = 0;
+        for (index_t k = 0; k < (PIXELS ? items : blur.batch); ++k)
+          sum += sums.data[PIXELS ? (k * 2 + i) * blur.channels + c : (k * blur.channels + c) * 2 + i];
+        total[i * blur.channels + c] = static_cast<acc>(sum);
+      }
+  }
+
+  // As many rows of z as any item reads.
+  Range longest() const {
+    Range most{0, 0};
+    for (index_t o = 0; o < result_rows; o += rows_of_item) {
+      const Range r = read_by(blur.rows, o, min(o + rows_of_item, result_rows));
+      if (r.hi - r.lo > most.hi) most.hi = r.hi - r.lo;
+    }
+    return most;
+  }
+};
+
+template <typename T>
+void max_blur_pool_of(const MaxBlurPool& op, const Parallel& parallel) {
+  // The order of the prepared map is that of y, or of dx.
+  const Strides& s = op.blur.dst ? op.blur.dst_stride : op.x_stride;
+  const bool pixels = op.blur.channels > 1 && s.c == 1;
+  with_act<acc_t<T>>(op.pre, [&](auto act) {
+    const auto run = [&](const auto& side) { op.blur.adjoint ? side.backward(parallel) : side.forward(parallel); };
+    pixels ? run(Side<T, true, decltype(act)>{op, act}) : run(Side<T, false, decltype(act)>{op, act});
+  });
+}
+
+}  // namespace
+
+void max_blur_pool(const MaxBlurPool& op, const Parallel& parallel) {
+  switch (op.blur.dtype) {
+    case Dtype::float32: return max_blur_pool_of<float>(op, parallel);
+    case Dtype::bfloat16: return max_blur_pool_of<bfloat16>(op, parallel);
+    case Dtype::float16: return max_blur_pool_of<float16>(op, parallel);
+    case Dtype::float64: return max_blur_pool_of<double>(op, parallel);
+  }
+}
+
+}  // namespace AF_ISA
+}  // namespace aliasfused

@@ -1,0 +1,87 @@
+// Activations and their slopes. Which one it is, is known when the kernel runs: all threads of it take the same branch, and
+// nine activations are not nine times as many kernels. Where an activation has a corner, the slope is the one that torch takes.
+#pragma once
+
+#include <cmath>
+
+#include "../max_blur_pool.h"
+#include "launch.h"
+
+namespace aliasfused {
+
+// 1 / (1 + e^-u) and its slope. Of the two exponentials that there are, this takes the one that does not overflow, so that
+// neither the value for negative u nor the slope is a difference of rounded numbers.
+template <typename acc>
+struct Logistic {
+  acc value, slope;
+  __device__ explicit Logistic(acc u) {
+    const acc e = std::exp(-std::fabs(u)), whole = 1 / (1 + e);
+    value = u < 0 ? e * whole : whole;
+    slope = e * whole * whole;
+  }
+};
+
+template <typename acc>
+__device__ inline acc normal_cdf(acc u) {
+  return acc(0.5) * std::erfc(u * acc(-0.70710678118654752440));
+}
+
+// (1 + tanh(w)) / 2 is the logistic function of 2 w, for w = sqrt(2 / pi) (u + 0.044715 u^3).
+template <typename acc>
+__device__ inline acc gelu_tanh_argument(acc u) {
+  return u * (u * u * acc(0.044715) + 1) * acc(1.59576912160573071176);
+}
+
+// The activations that are more than a choice. Not inlined: the maximum compares values of pixels that are computed at
+// different places of a kernel, where products and sums might be joined differently; the values of equal pixels are equal.
+template <typename acc>
+__device__ __attribute__((noinline)) acc curved(Act act, acc u, acc a, acc b) {
+  switch (act) {
+    case Act::silu: return u / (1 + std::exp(-u));
+    case Act::gelu: return u * normal_cdf(u);
+    case Act::gelu_tanh: return u / (1 + std::exp(-gelu_tanh_argument(u)));
+    case Act::hardswish: return u <= -3 ? 0 : u >= 3 ? u : u * (u + 3) / 6;
+    case Act::softplus: return u * a > b ? u : std::log1p(std::exp(u * a)) / a;
+    default: return u;
+  }
+}
+
+template <typename acc>
+struct Activation {
+  Act act;
+  acc a, b;  // leaky_relu: slope; softplus: beta, threshold
+  __device__ explicit Activation(const Prologue& pre) : act(pre.act), a(static_cast<acc>(pre.a)), b(static_cast<acc>(pre.b)) {}
+
+  __device__ acc value(acc u) const {
+    switch (act) {
+      case Act::none: return u;
+      case Act::relu: return u <= 0 ? 0 : u;
+      case Act::relu6: return u <= 0 ? 0 : u >= 6 ? 6 : u;
+      case Act::leaky_relu: return u > 0 ? u : u * a;
+      default: return curved(act, u, a, b);
+    }
+  }
+
+  __device__ acc slope(acc u) const {
+    switch (act) {
+      case Act::none: return 1;
+      case Act::relu: return u <= 0 ? 0 : 1;
+      case Act::relu6: return u <= 0 || u >= 6 ? 0 : 1;
+      case Act::leaky_relu: return u > 0 ? 1 : a;
+      case Act::hardswish: return u <= -3 ? 0 : u >= 3 ? 1 : (u * 2 + 3) / 6;
+      case Act::softplus: return u * a > b ? 1 : Logistic<acc>(u * a).value;
+      case Act::silu: {
+        const Logistic<acc> s(u);
+        return s.value + u * s.slope;
+      }
+      case Act::gelu: return normal_cdf(u) + u * std::exp(u * u * acc(-0.5)) * acc(0.39894228040143267794);
+      case Act::gelu_tanh: {
+        const Logistic<acc> s(gelu_tanh_argument(u));
+        return s.value + u * s.slope * (u * u * acc(3 * 0.044715) + 1) * acc(1.59576912160573071176);
+      }
+    }
+    return 1;
+  }
+};
+
+}  // namespace aliasfused
