@@ -9,6 +9,25 @@ namespace aliasfused {
 namespace AF_ISA {
 namespace {
 
+// v in the lanes whose byte is `number`, elsewhere 0. (Compilers widen bytes one by one.)
+INLINED inline Vec<float> where_equal(const int8_t* bytes, int number, Vec<float> v) {
+#if defined(__AVX512BW__)
+  const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  return _mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(all, _mm_set1_epi8(static_cast<char>(number))), v);
+#elif defined(__AVX2__)
+  const __m128i all = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+  const __m128i equal = _mm_cmpeq_epi8(all, _mm_set1_epi8(static_cast<char>(number)));
+  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cvtepi8_epi32(equal)), v);
+#else
+  for (int i = 0; i < Vector<float>::lanes; ++i) v[i] = bytes[i] == number ? v[i] : 0;
+  return v;
+#endif
+}
+INLINED inline Vec<double> where_equal(const int8_t* bytes, int number, Vec<double> v) {
+  for (int i = 0; i < Vector<double>::lanes; ++i) v[i] = bytes[i] == number ? v[i] : 0;
+  return v;
+}
+
 // (x - center) * scale + shift, a vector of channels.
 template <typename acc>
 struct Affine {
@@ -173,7 +192,7 @@ struct PrologueRows {
 #pragma GCC unroll 4
       for (int i = 0; i < count; ++i) {
         const Vec<acc> value = load(g[i] + e, static_cast<int>(min(n - e, lanes)));
-        sum += load_bytes(which[i] + e) == first - i ? value : Vec<acc>{};
+        sum += where_equal(which[i] + e, first - i, value);
       }
       V::store(won + reach + e, sum);
     }
@@ -190,7 +209,7 @@ struct PrologueRows {
 #pragma GCC unroll 4
       for (int b = 0; b < count; ++b) {
         const index_t at = start + e - b * step;
-        sum += load_bytes(which + at) == b ? V::load(won + at) : Vec<acc>{};
+        sum += where_equal(which + at, b, V::load(won + at));
       }
       V::store(dv + e, sum);
     }
@@ -201,12 +220,6 @@ struct PrologueRows {
     const Bytes bytes = __builtin_convertvector(bits, Bytes);
     std::memcpy(p, &bytes, sizeof bytes);
   }
-  INLINED static Bits load_bytes(const int8_t* p) {
-    Bytes bytes;
-    std::memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(bytes, Bits);
-  }
-
   // dx of some elements from x and dv; what they add to the channels' sums, in `part` (2, channels), goes to `sums`.
   template <typename A, typename G>
   NOINLINED void gradient(const A act, const Tables& tables, const T* x, const G* dv, index_t elements, index_t c, T* dx, acc* part,
