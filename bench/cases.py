@@ -154,7 +154,8 @@ def barred(device: str) -> list[Case]:
 
 def compiled_peers(case: Case, device: str, bars: bool) -> bool:
     """Whether the compiled peers take part in a case."""
-    return case.purpose == "ratio" and (bars or device == "cuda" or case.site in QUICK_COMPILED)
+    first = case.op == OPS[0] and case.site in QUICK_COMPILED
+    return case.purpose == "ratio" and (bars or device == "cuda" or first)
 
 
 def select(cases: Iterable[Case], **wanted: Iterable[object] | None) -> list[Case]:

@@ -65,8 +65,8 @@ struct Side {
 
   // What one thread needs for a row of z, or for one of dx.
   struct Memory {
-    Scratch<acc> v;
-    Ring<acc> highest;
+    Ring<acc> v;               // rows of x, activated; or, for gradients, one of them ...
+    Ring<acc> highest;         // ... and the maxima along rows
     Ring<int8_t> column, row;  // of the winner
     Scratch<acc> won, dv, part;
     Scratch<T> copy;
@@ -75,8 +75,8 @@ struct Side {
     Scratch<const T*> gradient_rows;
     index_t end = -1;  // the row of x after the last one met
     Memory(const Side& s, bool adjoint)
-        : v(s.max_elements(true)),
-          highest(s.pre.kernel_h, s.max_elements(true)),
+        : v(adjoint ? 1 : s.pre.kernel_h, s.max_elements(true)),
+          highest(s.pre.kernel_h, s.max_elements(adjoint)),
           column(s.pre.kernel_h, s.max_elements(adjoint)),
           row(s.pre.kernel_h, s.max_elements(adjoint)),
           won(s.max_elements(adjoint)),
@@ -89,23 +89,28 @@ struct Side {
   };
   index_t max_elements(bool needed) const { return needed && rows.has_max ? rows.extended + rows.reach + 2 * rows.lanes : 0; }
 
-  // Row j of z, or with WHICH which rows it is from. To be called for rising j.
-  template <bool WHICH>
-  void window(Memory& m, const void* x, const Strides& s, index_t n, index_t c, index_t j, T* z) const {
+  // Brings in the rows of x that row j of z is of: met(h) for those not met before. To be called for rising j.
+  template <typename Met>
+  Range window(Memory& m, const void* x, const Strides& s, index_t n, index_t c, index_t j, Met&& met) const {
     const index_t lo = max(j - pre.top, 0), hi = min(j - pre.top + pre.kernel_h, pre.height);
     for (index_t h = max(m.end, lo); h < hi; ++h) {
-      rows.activate_row(act, tables, rows.x_row(x, s, n, c, h, m.copy.data), c, m.v.data);
-      sized(pre.kernel_w, [&](auto k) INLINED {
-        Rows::template along<k, WHICH>(m.v.data, rows.z_row, rows.channels, pre.kernel_w, pre.left, m.highest[h],
-                                       WHICH ? m.column[h] : nullptr);
-      });
+      rows.activate_row(act, tables, rows.x_row(x, s, n, c, h, m.copy.data), c, m.v[h]);
+      met(h);
     }
     m.end = hi;
-    for (index_t h = lo; h < hi; ++h) m.highest_rows.data[h - lo] = m.highest[h];
-    const int count = static_cast<int>(hi - lo), first = static_cast<int>(lo - (j - pre.top));
-    sized(count, [&](auto k) INLINED {
-      Rows::template across<k, WHICH>(m.highest_rows.data, count, first, rows.z_row, z, WHICH ? m.row[j] : nullptr);
+    return {lo, hi};
+  }
+
+  // Which pixels the maxima of row j of z are.
+  void winners(Memory& m, index_t n, index_t c, index_t j) const {
+    const Range in = window(m, op.x, op.x_stride, n, c, j, [&](index_t h) {
+      sized(pre.kernel_w, [&](auto k) INLINED {
+        Rows::template along<k>(m.v[h], rows.z_row, rows.channels, pre.kernel_w, pre.left, m.highest[h], m.column[h]);
+      });
     });
+    for (index_t h = in.lo; h < in.hi; ++h) m.highest_rows.data[h - in.lo] = m.highest[h];
+    const int count = static_cast<int>(in.hi - in.lo), first = static_cast<int>(in.lo - (j - pre.top));
+    sized(count, [&](auto k) INLINED { Rows::template across<k>(m.highest_rows.data, count, first, rows.z_row, m.row[j]); });
   }
 
   // Rows [lo, hi) of z, from channel c of image n on.
@@ -118,7 +123,15 @@ struct Side {
         rows.activate_alone(act, tables, rows.x_row(blur.src, s, n, c, j, m.copy.data), together * rows.row, c, z);
       return;
     }
-    for (index_t j = lo; j < hi; ++j, z += rows.z_row) window<false>(m, blur.src, s, n, c, j, z);
+    for (index_t j = lo; j < hi; ++j, z += rows.z_row) {
+      const Range in = window(m, blur.src, s, n, c, j, [](index_t) {});
+      for (index_t h = in.lo; h < in.hi; ++h) m.highest_rows.data[h - in.lo] = m.v[h];
+      const int count = static_cast<int>(in.hi - in.lo);
+      sized(count, [&](auto a) INLINED {
+        sized(pre.kernel_w,
+              [&](auto b) INLINED { Rows::template maxima<a, b>(m.highest_rows.data, count, pre.kernel_w, rows.z_row, rows.channels, z); });
+      });
+    }
   }
 
   // Rows [begin, end) of dx out of the gradient of z, which begins at row `lo`.
@@ -138,7 +151,7 @@ struct Side {
     index_t seen = lo;
     for (index_t h = begin; h < end; ++h) {
       const index_t from = max(h + pre.top - pre.kernel_h + 1, 0), to = min(h + pre.top + 1, rows.z_rows);
-      for (; seen < to; ++seen) window<true>(m, op.x, op.x_stride, n, c, seen, nullptr);
+      for (; seen < to; ++seen) winners(m, n, c, seen);
       for (index_t j = from; j < to; ++j)
         m.winner_rows.data[j - from] = m.row[j], m.gradient_rows.data[j - from] = g + (j - lo) * rows.z_row;
       const int count = static_cast<int>(max(to - from, 0)), first = static_cast<int>(h + pre.top - from);

@@ -9,6 +9,18 @@ namespace aliasfused {
 namespace AF_ISA {
 namespace {
 
+// The higher of two, or what is nan; of equals the second.
+INLINED inline Vec<float> higher(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512BW__)
+  return a != a ? a : (Vec<float>)_mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return a != a ? a : (Vec<float>)_mm256_max_ps(a, b);
+#else
+  return (a > b) | (a != a) ? a : b;
+#endif
+}
+INLINED inline Vec<double> higher(Vec<double> a, Vec<double> b) { return (a > b) | (a != a) ? a : b; }
+
 // v in the lanes whose byte is `number`, elsewhere 0. (Compilers widen bytes one by one.)
 INLINED inline Vec<float> where_equal(const int8_t* bytes, int number, Vec<float> v) {
 #if defined(__AVX512BW__)
@@ -128,11 +140,30 @@ struct PrologueRows {
     for (index_t e = left + row; e < extended + lanes; ++e) v[e] = -acc(__builtin_inf());
   }
 
-  // A maximum is taken along rows first, then across them; each keeps the order in which equals are decided. Which pixel of its
-  // row a maximum is, and which row, are numbers in bytes; -1 is none.
+  // z, rounded: the maximum of `rows` rows of v and k pixels of each.
+  template <int ROWS, int K>
+  NOINLINED static void maxima(const acc* const* v, int rows, int k, index_t n, index_t step, T* z) {
+    const int height = ROWS ? ROWS : rows, width = K ? K : k;
+    const acc* from[ROWS ? ROWS : 1];
+    for (int a = 0; a < ROWS; ++a) from[a] = v[a];
+    const auto put = [=](index_t e, int some) INLINED {
+      Vec<acc> m = V::load((ROWS ? from[0] : v[0]) + e);
+#pragma GCC unroll 4
+      for (int a = 0; a < height; ++a)
+#pragma GCC unroll 4
+        for (int b = a ? 0 : 1; b < width; ++b) m = higher(V::load((ROWS ? from[ROWS ? a : 0] : v[a]) + e + b * step), m);
+      store(z + e, m, some);
+    };
+    index_t e = 0;
+    for (; e + lanes <= n; e += lanes) put(e, lanes);
+    if (e < n) put(e, static_cast<int>(n - e));
+  }
 
-  // highest: of every window of a row of v. With WHICH its pixel too, and behind either end none.
-  template <int K, bool WHICH>
+  // For gradients a maximum is taken along rows first, then across them; each keeps the order in which equals are decided. Which
+  // pixel of its row a maximum is, and which row, are numbers in bytes; -1 is none.
+
+  // highest: of every window of a row of v, and its pixel, of which there is none behind either end.
+  template <int K>
   NOINLINED static void along(const acc* v, index_t n, index_t step, int k, index_t pixels_ahead, acc* highest, int8_t* which) {
     const int count = K ? K : k;
     const index_t reach = step * (count - 1);
@@ -145,13 +176,12 @@ struct PrologueRows {
           const Vec<acc> value = V::load(v + e + b * step);
           const auto wins = (value > m) | (value != value);
           m = wins ? value : m;
-          if (WHICH) best = wins ? Bits{} + b : best;
+          best = wins ? Bits{} + b : best;
         }
         V::store(highest + e, m);
-        if (WHICH) store_bytes(which + reach + e, best);
+        store_bytes(which + reach + e, best);
       }
     };
-    if (!WHICH) return some(0, n, 0);
     // Of windows that begin ahead of x the first pixel is the first one in x, should all be -inf.
     const index_t ahead = min(pixels_ahead, n / step);
     for (index_t p = 0; p < ahead; ++p) some(p * step, (p + 1) * step, static_cast<int>(pixels_ahead - p));
@@ -160,9 +190,9 @@ struct PrologueRows {
     std::memset(which + reach + n, -1, reach + lanes);
   }
 
-  // z: the highest of `count` rows; or with WHICH the row that it is in, of which the first is called `first`.
-  template <int K, bool WHICH>
-  NOINLINED static void across(const acc* const* highest, int rows, int first, index_t n, T* z, int8_t* which) {
+  // The row that the highest of `rows` is in, of which the first is called `first`.
+  template <int K>
+  NOINLINED static void across(const acc* const* highest, int rows, int first, index_t n, int8_t* which) {
     const int count = K ? K : rows;
     const acc* from[K ? K : 1];
     for (int a = 0; a < K; ++a) from[a] = highest[a];
@@ -174,10 +204,9 @@ struct PrologueRows {
         const Vec<acc> value = V::load((K ? from[K ? a : 0] : highest[a]) + e);
         const auto wins = (value > m) | (value != value);
         m = wins ? value : m;
-        if (WHICH) best = wins ? Bits{} + (first + a) : best;
+        best = wins ? Bits{} + (first + a) : best;
       }
-      if (WHICH) store_bytes(which + e, best);
-      else store(z + e, m, static_cast<int>(min(n - e, lanes)));
+      store_bytes(which + e, best);
     }
   }
 
