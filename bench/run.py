@@ -238,7 +238,7 @@ def _regressed(bench: Bench, cells: list[report.Cell], against: Path) -> bool:
 def _default_allocator(out: Path, threads: int, *filters: list[str] | None) -> None:
     chosen = [
         argument
-        for option, values in zip(("--backend", "--site", "--dtype", "--layout"), filters, strict=True)
+        for option, values in zip(("--op", "--backend", "--site", "--dtype", "--layout"), filters, strict=True)
         for value in values or ()
         for argument in (option, value)
     ]

@@ -30,6 +30,9 @@ def main() -> None:
         if k in (3, 8):
             taps = torch.rand(shape[1], k, device="cuda", dtype=torch.float64).to(x.dtype).requires_grad_()
             aliasfused.blur_pool2d(x, taps, stride, pad_mode=mode).sum().backward()
+            scale = torch.rand(shape[1], device="cuda", requires_grad=True)
+            y = aliasfused.max_blur_pool2d(x, 2, k, stride, act="relu", scale=scale, max_padding=1, pad_mode=mode)
+            y.sum().backward()
         calls += 1
     torch.cuda.synchronize()
     print(f"{calls} cases")

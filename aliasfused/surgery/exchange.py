@@ -44,7 +44,8 @@ class Report(tuple[Row, ...]):
 
 
 def accelerate(model: nn.Module, *, also: Mapping[str, str] | None = None) -> Report:
-    """Make every BlurPool of antialiased-cnns, timm and kornia inside a model a fused one, in place, the root too.
+    """Make every BlurPool of antialiased-cnns, timm and kornia inside a model a fused one, in place, the root too; with
+    kornia's the maximum before it.
 
     1. A blur is recognised by its class's module and name; subclasses are not, since their forward may differ.
     2. It is run old against new in float64 (float32 where a device has none) on two small inputs, one of odd height and
