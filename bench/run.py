@@ -191,7 +191,7 @@ def main(
 
     if bars and allocator == "warm" and device == "cpu":
         console.print("Once more with malloc left alone, k = 4 against pad+conv:")
-        _default_allocator(out, machine.threads, backend, site, dtype, layout)
+        _default_allocator(out, machine.threads, op, backend, site, dtype, layout)
     asked = set(wanted)
     rows = [row for row in (bench.rows(allocator) if bars else rows) if row.case in asked]
     cells = report.cells(rows)
