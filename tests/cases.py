@@ -98,6 +98,24 @@ CASES = (
         Case("pads larger than the filter", (12, 40), (3, 3), padding=(5, 4, 4, 6), pad_mode=border)
         for border in BORDERS
     ),
+    *(
+        Case(
+            "short rows, and pads that show a pixel to outputs beyond the usual ones",
+            (9, 9),
+            (k, k),
+            padding=pads,
+            pad_mode=border,
+        )
+        for k, pads, border in (
+            (2, (2, 2, 2, 2), "reflect"),
+            (2, (0, 1, 5, 0), "reflect"),
+            (3, (1, 1, 4, 1), "reflect"),
+            (3, (1, 1, 1, 3), "reflect"),
+            (4, (1, 2, 4, 5), "replicate"),
+            (7, (3, 3, 3, 7), "replicate"),
+            (3, (1, 1, 6, 6), "circular"),
+        )
+    ),
     Case("pads of four different sizes", (10, 27), (5, 4), padding=(0, 3, 2, 1)),
     Case("a pad ahead only", (10, 27), (5, 4), padding=(3, 0, 4, 0), pad_mode="circular"),
     Case("a pad behind only", (10, 27), (5, 4), padding=(0, 3, 0, 4), pad_mode="replicate"),

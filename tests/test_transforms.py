@@ -370,6 +370,7 @@ SCRIPTED = {
     "timm": (lambda: aliasfused.compat.timm.BlurPool2d(3, 4, pad_mode="constant"), (2, 3, 7, 8)),
     "kornia": (lambda: aliasfused.compat.kornia.BlurPool2D(4), (2, 3, 7, 8)),
     "kornia, maximum": (lambda: aliasfused.compat.kornia.MaxBlurPool2D(4, max_pool_size=3), (2, 3, 7, 8)),
+    "kornia, maximum of unequal sides": (lambda: aliasfused.compat.kornia.MaxBlurPool2D(3, 2, (2, 3)), (2, 3, 7, 8)),
     "maximum": (lambda: aliasfused.nn.MaxBlurPool2d(3, max_padding=1), (2, 3, 7, 8)),
     "activation": (lambda: aliasfused.nn.ActBlurPool2d("gelu"), (3, 7, 8)),
 }

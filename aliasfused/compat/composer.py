@@ -126,7 +126,8 @@ class _BlurThenConv(_ComposerBlur):
     def _blur_first(self, x: torch.Tensor) -> torch.Tensor:
         conv = self.conv
         pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and type(conv) is nn.Conv2d
-        if not pointwise or conv.stride == (1, 1) or any(getattr(conv, hooks) for hooks in _HOOKS):
+        listened = "forward" in vars(conv) or any(getattr(conv, hooks) for hooks in _HOOKS)
+        if not pointwise or conv.stride == (1, 1) or listened:
             return conv(_blur.blur2d(x, self._window, None))
         # A convolution of one pixel sees each stride-th alone: no other need be blurred.
         blurred = _blur.blur2d(x, self._window._replace(stride=conv.stride), None)  # type: ignore[arg-type]

@@ -106,5 +106,6 @@ class MaxBlurPool2D(BlurPool2D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             size = self.max_pool_size
-            return _step.scripted(x, False, "none", (), (size, size), (0, 0, 0, 0), *self._window)  # type: ignore[arg-type]
+            kernel = [size, size] if isinstance(size, int) else [size[0], size[1]]
+            return _step.scripted(x, False, "none", (), kernel, (0, 0, 0, 0), *self._window)  # type: ignore[arg-type]
         return _step.step2d(x, prologue("none", self.max_pool_size, 0), self._window, False)

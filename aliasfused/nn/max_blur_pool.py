@@ -59,10 +59,12 @@ def scripted(
 
 
 def _more(size: int, k: int, stride: int, pad: int) -> int:
-    outputs = -(-(size + 2 * pad - k) // stride) + 1
-    if (outputs - 1) * stride >= size + pad:  # as torch: no window begins beyond the map
-        outputs -= 1
-    return max((outputs - 1) * stride + 1 - (size + 2 * pad - k + 1), 0)
+    rounded, beginning = -(-(size + 2 * pad - k) // stride) + 1, -(-(size + pad) // stride)
+    # As torch: no window begins beyond the map. The built-in min would fix a symbolic size, and TorchScript has no other.
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return max((min(rounded, beginning) - 1) * stride + 1 - (size + 2 * pad - k + 1), 0)
+    outputs = torch.sym_min(rounded, beginning)
+    return torch.sym_max((outputs - 1) * stride + 1 - (size + 2 * pad - k + 1), 0)
 
 
 class _Step2d(nn.Module):

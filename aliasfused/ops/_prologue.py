@@ -40,16 +40,8 @@ class Prologue(NamedTuple):
 
 def prologue(act: Act, kernel_size: int | tuple[int, int], max_padding: int | tuple[int, int]) -> Prologue:
     """Check the arguments of a prologue."""
-    if (
-        isinstance(act, (str, tuple))
-        and isinstance(kernel_size, (int, tuple))
-        and isinstance(max_padding, (int, tuple))
-    ):
-        return (
-            _prologue(act, kernel_size, max_padding)
-            if torch.compiler.is_compiling()
-            else _cached(act, kernel_size, max_padding)
-        )
+    if type(act) is str and type(kernel_size) is int and type(max_padding) is int and not torch.compiler.is_compiling():
+        return _cached(act, kernel_size, max_padding)
     return _prologue(act, kernel_size, max_padding)
 
 
@@ -177,7 +169,9 @@ def fused(
 
 def _again(in_steps: Any, wanted: tuple[bool, ...], dy: torch.Tensor, x: Any, affine: Any, rest: Any) -> list[Any]:
     """The gradients of x and affine as a graph of their own."""
-    asked = [t for t, want in zip((x, affine), wanted, strict=True) if want]
     with torch.enable_grad():
+        # Views, for the affine may be computed from x: what flows on from one to the other is not this node's to follow.
+        x, affine = x.view_as(x), None if affine is None else affine.view_as(affine)
+        asked = [t for t, want in zip((x, affine), wanted, strict=True) if want]
         grads = iter(torch.autograd.grad(in_steps(x, affine, *rest), asked, dy, create_graph=True))
     return [next(grads) if want else None for want in wanted]

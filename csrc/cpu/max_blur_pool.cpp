@@ -37,7 +37,6 @@ template <typename T, bool PIXELS, typename A>
 struct Side {
   using acc = acc_t<T>;
   using Rows = PrologueRows<T, PIXELS>;
-  using Bits = typename Rows::Bits;
 
   const MaxBlurPool& op;
   const A act;

@@ -142,6 +142,8 @@ struct Adjoint : PlanesBase<T> {
     const int terms_of_columns = columns.even_out();
     if (terms_of_columns != terms && terms_of_columns != terms + 1) return false;
     bool fits = true;
+    // The source rows that run() has at hand: a border with more padding than usual can show a pixel to others.
+    const index_t lo = op.rows.before / 2 - past, hi = (op.rows.in - 1 + op.rows.before) / 2 + 1;
     for (index_t h = 0; h < op.rows.in; h += together) {
       Group& group = m.groups.add();
       std::memset(static_cast<void*>(&group), 0, sizeof group);
@@ -152,7 +154,7 @@ struct Adjoint : PlanesBase<T> {
         for (int i = 0; 2 * i + v < together && h + 2 * i + v < op.rows.in; ++i)
           op.rows.outputs_of(h + 2 * i + v, [&](index_t o, int p) INLINED {
             const index_t t = own + i - o;
-            fits &= -group.later <= t && t < tuned_terms;
+            fits &= -group.later <= t && t < tuned_terms && lo <= o && o < hi;
             group.regular &= 0 <= t && t < terms - fewer(v);
             for (index_t j = 0; fits && j < out_w; ++j)
               group.weight[v][group.later + t][i * out_w + j] += taps_h[p], group.mask[v][group.later + t][i * out_w + j] = -1;
