@@ -24,7 +24,7 @@ SCHEMAS = {
     "blur_pool_taps_bwd": "(Tensor dy, Tensor taps_h, Tensor taps_w, int[] stride, int[] padding, str pad_mode, "
     "SymInt H, SymInt W, bool channels_last) -> Tensor",
     **{
-        f"max_blur_pool_{name}": f"({tensors}, str act, float[] act_args, int[] kernel, int[] max_padding, float[] taps_h, "
+        f"max_blur_pool_{name}": f"({tensors}, str act, float[] act_args, int[] kernel, SymInt[] max_padding, float[] taps_h, "
         "float[] taps_w, int[] stride, int[] padding, str pad_mode) -> Tensor"
         for name, tensors in (
             ("fwd", "Tensor x, Tensor? affine"),

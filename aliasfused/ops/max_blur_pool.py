@@ -30,7 +30,7 @@ from ._window import Padding, PadMode, Stride, Taps, Window, check_input, window
 __all__ = ["act_blur_pool2d", "apply", "max_blur_pool2d"]
 
 _BLUR = "float[] taps_h, float[] taps_w, int[] stride, int[] padding, str pad_mode"
-_REST = f"str act, float[] act_args, int[] kernel, int[] max_padding, {_BLUR}"
+_REST = f"str act, float[] act_args, int[] kernel, SymInt[] max_padding, {_BLUR}"
 
 
 def _fake_fwd(x, affine, act, act_args, kernel, max_padding, taps_h, taps_w, stride, padding, pad_mode):
