@@ -1,6 +1,7 @@
 // Blur and subsample, and its adjoint, on a CPU. Both are the same two steps for every row of the result: a weighted sum of
-// a few source rows into a buffer that stays in the first-level cache, then a weighted sum of a few of its columns. Which
-// rows and columns, and with which taps, is what Axis says of an output (forward) or of an input (adjoint).
+// a few source rows, and a weighted sum of a few columns of such sums, which stay in the first-level cache or in registers
+// (slide.h); planes.h takes columns first where those are the large map's. Which rows and columns, and with which taps, is what Axis says
+// of an output (forward) or of an input (adjoint).
 //
 // A pixel passes through `pre` as it is loaded: pre.row(unit, c) when the lanes of a unit are neighbours of channel c,
 // pre.pixel(unit, c) when they are the channels from c on, in the order in which Lanes<T> loads them.
