@@ -43,14 +43,38 @@ QUICK_SITES = tuple(site for site in SITES if site.network != "antialiased_resne
 # The quick run compiles at one site only, every dtype and layout: that takes seconds where a measurement takes tenths.
 QUICK_COMPILED = ("64@112",)
 
-OPS = ("blur_pool", "act_blur_pool", "max_blur_pool", "stem_blur_pool")
-# Where each occurs: a ReLU before every blur of a ResNet; VGG's pools; an antialiased ResNet's stem, ReLU and maximum.
+OPS = (
+    "blur_pool",
+    "act_blur_pool",
+    "max_blur_pool",
+    "stem_blur_pool",
+    "bn_act_blur_pool",
+    "adaptive_g8",
+    "adaptive_g2",
+)
+# Groups of channels with predicted filters of their own.
+GROUPS = {"adaptive_g8": 8, "adaptive_g2": 2}
+# Where each occurs: a ReLU before every blur of a ResNet; VGG's pools; an antialiased ResNet's stem, ReLU and maximum;
+# the batch norm before that ReLU, in training; predicted filters in an antialiased ResNet's stead.
 OP_SITES = {
     "blur_pool": SITES,
     "act_blur_pool": tuple(site for site in SITES if site.network == "resnet50"),
     "max_blur_pool": tuple(site for site in SITES if site.network == "vgg" or (site.channels, site.size) == (64, 112)),
     "stem_blur_pool": tuple(site for site in SITES if (site.channels, site.size) == (64, 112)),
+    "bn_act_blur_pool": tuple(site for site in SITES if site.network == "resnet50"),
+    **dict.fromkeys(
+        GROUPS,
+        tuple(
+            site
+            for site in SITES
+            if site.network == "antialiased_resnet50" or (56 >= site.size > 13 and site.network == "resnet50")
+        ),
+    ),
 }
+# How often the large side and the small one must be moved. A gradient needs x again where what comes before the blur is not
+# linear; statistics of a batch must be there before the first pixel is normalised, and their gradients before that of x.
+MOVED = {"blur_pool": ((1, 1), (1, 1)), "bn_act_blur_pool": ((2, 1), (3, 2))}
+MOVED_BY_STEPS = ((1, 1), (2, 1))
 
 
 @dataclass(frozen=True)
@@ -87,11 +111,16 @@ class Case:
 
     @property
     def fewest_bytes(self) -> int:
-        """What any implementation must move: the large side once (twice), the small side once, whichever is read."""
-        small = self.batch * self.channels * math.ceil(self.size / self.stride) ** 2
-        # What comes before a blur is not linear: its gradient needs the input again.
-        large = 2 if self.direction == "backward" and self.op != "blur_pool" else 1
-        return large * self.input_bytes + small * DTYPES[self.dtype].itemsize
+        """What any implementation must move."""
+        pixels = self.batch * self.channels * math.ceil(self.size / self.stride) ** 2
+        large, small = MOVED.get(self.op, MOVED_BY_STEPS)[self.direction == "backward"]
+        logits = GROUPS.get(self.op, 0) * self.k**2 * pixels // self.channels * (1 + (self.direction == "backward"))
+        return large * self.input_bytes + (small * pixels + logits) * DTYPES[self.dtype].itemsize
+
+    @property
+    def images_meet(self) -> bool:
+        """Whether an image's result depends on the others of its batch."""
+        return self.op == "bn_act_blur_pool"
 
     def input(self, device: str) -> torch.Tensor:
         generator = torch.Generator(device).manual_seed(0)
@@ -108,8 +137,8 @@ def _sweep(
     wanted, lengths = set(sites), set(taps)
     for op in ops:
         some = [site for site in OP_SITES[op] if site in wanted]
-        # What comes before a blur takes the same time whatever the filter.
-        own = sorted(lengths if op == "blur_pool" else lengths & {4})
+        # What comes before a blur takes the same time whatever the filter; predicted filters are odd.
+        own = sorted(lengths if op == "blur_pool" else lengths & ({3, 5} if op in GROUPS else {4}))
         for site, layout, dtype, k in itertools.product(some, LAYOUTS, dtypes, own):
             case = Case(op, site.network, site.channels, site.size, 1, layout, dtype, k, "forward", purpose)
             # A GPU is measured at one size only, large enough for both the ratio and the share.
@@ -121,7 +150,8 @@ def _sweep(
 
 def _calls() -> Iterator[Case]:
     for op, direction in itertools.product(OPS, ("forward", "forward+backward")):
-        yield Case(op, "resnet50", 64, 14, 1, "NCHW", "fp32", 4, direction, "call")  # type: ignore[arg-type]
+        k = 3 if op in GROUPS else 4
+        yield Case(op, "resnet50", 64, 14, 1, "NCHW", "fp32", k, direction, "call")  # type: ignore[arg-type]
 
 
 def quick(device: str) -> list[Case]:
@@ -129,12 +159,14 @@ def quick(device: str) -> list[Case]:
     if device == "cuda":
         sites = [site for site in SITES if site.network == "resnet50" or site.size in (223, 55, 13)]
         ratios = list(_sweep(OPS, sites, ("fp32", "bf16"), (4,), "ratio", device))
+        ratios += _sweep(GROUPS, sites, ("fp32", "bf16"), (3, 5), "ratio", device)
         return [*ratios, *_calls()]
     ends = [site for site in SITES if (site.channels, site.size) in ((64, 112), (512, 14), (512, 13))]
     dtypes = ("fp32", "bf16")
     return [
         *_sweep(OPS[:1], QUICK_SITES, dtypes, (4,), "ratio", device),
         *_sweep(OPS[1:], ends, dtypes, (4,), "ratio", device),
+        *_sweep(("adaptive_g8",), ends, dtypes, (3,), "ratio", device),
         *_sweep(OPS[:1], ends[:2], dtypes, (4,), "share", device),
         *_calls(),
     ]

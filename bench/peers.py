@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import aliasfused
 
-from .cases import DTYPES, Case, compiled_peers
+from .cases import DTYPES, FORMATS, GROUPS, Case, compiled_peers
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 Role = Literal["ours", "peer", "yardstick"]
@@ -95,12 +96,31 @@ def _stem_blur_pool(case: Case, device: str, **equal: Any) -> Op:
     return lambda x: aliasfused.max_blur_pool2d(x, 3, case.k, case.stride, act="relu", max_padding=1, **equal)
 
 
-def _after(prepare: Op, build: Callable[[Case, str], Op]) -> Callable[[Case, str], Op]:
+def _bn_act_blur_pool(case: Case, device: str, **equal: Any) -> Op:
+    options = dict(device=device, dtype=_of_parameters(case), **equal)
+    return aliasfused.nn.BNActBlurPool2d(case.channels, "relu", case.k, case.stride, **options)
+
+
+def _bn_act(case: Case, device: str) -> Op:
+    """In training: by the batch's statistics, which the running ones follow."""
+    return nn.Sequential(nn.BatchNorm2d(case.channels, device=device, dtype=_of_parameters(case)), nn.ReLU())
+
+
+def _of_parameters(case: Case) -> torch.dtype:
+    """As under autocast, and for the truth as it is."""
+    return torch.float64 if case.dtype == "fp64" else torch.float32
+
+
+def _always(op: Op) -> Callable[[Case, str], Op]:
+    return lambda case, device: op
+
+
+def _after(prepare: Callable[[Case, str], Op], build: Callable[[Case, str], Op]) -> Callable[[Case, str], Op]:
     """What a peer does after something else."""
 
     def built(case: Case, device: str) -> Op:
-        op = build(case, device)
-        return lambda x: op(prepare(x))
+        first, op = prepare(case, device), build(case, device)
+        return lambda x: op(first(x))
 
     return built
 
@@ -156,7 +176,7 @@ def _average(case: Case, device: str) -> Op:
     return lambda x: F.avg_pool2d(x, 2)
 
 
-def _peers(prepare: Op) -> tuple[Contender, ...]:
+def _peers(prepare: Callable[[Case, str], Op]) -> tuple[Contender, ...]:
     """Those who do their work in front of a blur as operations of their own, or leave them to the compiler."""
     pad_conv = _after(prepare, _pad_conv)
     return (
@@ -175,6 +195,60 @@ def _stem(x: torch.Tensor) -> torch.Tensor:
     return F.max_pool2d(F.relu(x), 3, 1, 1)
 
 
+class _Adaptive(nn.Module):
+    """A blur by predicted filters, with the logits that it learns."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        super().__init__()
+        out = -(-case.size // case.stride)
+        shape = (case.batch, GROUPS[case.op] * case.k**2, out, out)
+        # Eighths, which every dtype holds: all contenders are given the same.
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(2)).mul(8).round().div(8)
+        values = values.to(device, DTYPES[case.dtype]).contiguous(memory_format=FORMATS[case.layout])
+        self.logits = nn.Parameter(values)
+        self.k, self.stride, self.groups = case.k, case.stride, GROUPS[case.op]
+
+    def filters(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x with its border, weights per group and tap at every kept position, and x in groups."""
+        logits = self.logits[: len(x)]
+        weights = logits.unflatten(1, (self.groups, self.k**2)).softmax(2)
+        return F.pad(x, [self.k // 2] * 4, mode="reflect"), weights, x.unflatten(1, (self.groups, -1))
+
+
+class _FusedAdaptive(_Adaptive):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return aliasfused.adaptive_blur_pool2d(x, self.logits[: len(x)], self.k, self.stride, self.groups)
+
+
+class _UnfoldedAdaptive(_Adaptive):
+    """As it is released: windows unfolded and weighed at every position, of which a few are kept."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded, weights, grouped = self.filters(x)
+        n, g, c, h, w = grouped.shape
+        everywhere = weights.repeat_interleave(self.stride, -1).repeat_interleave(self.stride, -2)[..., :h, :w]
+        windows = F.unfold(padded, self.k).view(n, g, c, self.k**2, h, w)
+        y = (windows * everywhere.unsqueeze(2)).sum(3).view(n, g * c, h, w)
+        return y[:, :, :: self.stride, :: self.stride]
+
+
+class _SlicedAdaptive(_Adaptive):
+    """Shifted slices times weights, at the kept positions alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded, weights, _ = self.filters(x)
+        padded, s = padded.unflatten(1, (self.groups, -1)), self.stride
+        h, w = (s * (n - 1) + 1 for n in weights.shape[-2:])
+        taps = ((t, *divmod(t, self.k)) for t in range(self.k**2))
+        return sum(weights[:, :, None, t] * padded[..., p : p + h : s, q : q + w : s] for t, p, q in taps).flatten(1, 2)
+
+
+_ADAPTIVE = (
+    Contender("slices", "peer", _SlicedAdaptive),
+    Contender("unfold", "peer", _UnfoldedAdaptive),
+    Contender("slices compiled", "peer", _compiled(_SlicedAdaptive), compiled=True),
+    Contender("unfold compiled", "peer", _compiled(_UnfoldedAdaptive), compiled=True),
+)
 PEERS: dict[str, tuple[Contender, ...]] = {
     "blur_pool": (
         Contender("pad+conv", "peer", _pad_conv),
@@ -183,21 +257,27 @@ PEERS: dict[str, tuple[Contender, ...]] = {
         Contender("timm", "peer", _timm, _timm_equal),
         Contender("kornia", "peer", _kornia, lambda case: {"pad_mode": "zeros"}),
     ),
-    "act_blur_pool": _peers(F.relu),
-    "max_blur_pool": _peers(_maximum),
-    "stem_blur_pool": _peers(_stem),
+    "act_blur_pool": _peers(_always(F.relu)),
+    "max_blur_pool": _peers(_always(_maximum)),
+    "stem_blur_pool": _peers(_always(_stem)),
+    "bn_act_blur_pool": _peers(_bn_act),
+    **dict.fromkeys(GROUPS, _ADAPTIVE),
 }
 OURS: dict[str, Callable[..., Op]] = {
     "blur_pool": _blur_pool,
     "act_blur_pool": _act_blur_pool,
     "max_blur_pool": _max_blur_pool,
     "stem_blur_pool": _stem_blur_pool,
+    "bn_act_blur_pool": _bn_act_blur_pool,
+    **dict.fromkeys(GROUPS, _FusedAdaptive),
 }
-TRUTH = {
+TRUTH: dict[str, Callable[[Case, str], Op]] = {
     "blur_pool": _pad_conv,
-    "act_blur_pool": _after(F.relu, _pad_conv),
-    "max_blur_pool": _after(_maximum, _pad_conv),
-    "stem_blur_pool": _after(_stem, _pad_conv),
+    "act_blur_pool": _after(_always(F.relu), _pad_conv),
+    "max_blur_pool": _after(_always(_maximum), _pad_conv),
+    "stem_blur_pool": _after(_always(_stem), _pad_conv),
+    "bn_act_blur_pool": _after(_bn_act, _pad_conv),
+    **dict.fromkeys(GROUPS, _SlicedAdaptive),
 }
 # The vendor's nearest kernel: two taps, no overlap, no border.
 AVERAGE = Contender("avg_pool2d", "yardstick", _average)

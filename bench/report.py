@@ -211,7 +211,12 @@ def verdicts(measured: Sequence[Cell], device: str) -> list[Verdict]:
         (
             "kept for backward where something comes before the blur: x and no more",
             1.0,
-            [c for c in kept if c.case.op != "blur_pool"],
+            [c for c in kept if c.case.op in ("act_blur_pool", "max_blur_pool", "stem_blur_pool")],
+        ),
+        (
+            "kept for backward where a batch norm comes before the blur: at most 1 + 1/32 of x",
+            1 + 1 / 32,
+            [c for c in kept if c.case.op == "bn_act_blur_pool"],
         ),
     ):
         most = max(((c.ours.kept_bytes or 0) / c.case.input_bytes for c in those), default=None)
@@ -223,7 +228,8 @@ def verdicts(measured: Sequence[Cell], device: str) -> list[Verdict]:
 # Geometric mean and least of the ratios to the best peer, forward and backward.
 STEP_BARS = {
     ("max_blur_pool", "stem_blur_pool"): {"forward": (4.0, 1.5), "backward": (6.0, 2.0)},
-    ("act_blur_pool",): {"forward": (3.0, 1.0), "backward": (4.0, 1.2)},
+    ("act_blur_pool", "bn_act_blur_pool"): {"forward": (3.0, 1.0), "backward": (4.0, 1.2)},
+    ("adaptive_g8", "adaptive_g2"): {"forward": (4.0, 1.5), "backward": (6.0, 2.0)},
 }
 
 

@@ -170,36 +170,50 @@ class Inputs:
         if self.case.direction == "forward":
             return lambda: op(x)
         x.requires_grad_()
+        # What an op learns has gradients too, which a training step wants.
+        wanted = (x, *op.parameters()) if isinstance(op, torch.nn.Module) else (x,)
         y = op(x)
         # The gradient comes in the format of the output, as the next layer's backward would send it.
         dy = torch.empty_like(y, requires_grad=False).copy_(self._dy[: len(y), :, : y.shape[-2], : y.shape[-1]])
         if self.case.direction == "backward":
-            return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)
-        return lambda: torch.autograd.grad(op(x), x, dy)
+            return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+        return lambda: torch.autograd.grad(op(x), wanted, dy)
 
-    def value(self, op: Op, x: torch.Tensor | None = None) -> torch.Tensor:
+    def values(self, op: Op, x: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """What comes out: one tensor, or the gradients of x and of what the op learns."""
         result = self.work(op, x)()
-        return result[0] if isinstance(result, tuple) else result  # type: ignore[return-value]
+        return result if isinstance(result, tuple) else (result,)
 
 
 def difference(contender: Contender, op: Op, inputs: Inputs) -> float:
     """Largest difference from the same work done otherwise, in units of what rounding may cause: green is at most 1.
 
-    This library answers to the plain form in float64 (on one image: planes do not meet), the peers to this library.
-    Every product may be rounded to float32, and each of 2k sums to the tensor's dtype, as in a peer of many steps.
+    This library answers to the plain form in float64 (on one image where images do not meet), the peers to this library.
+    Every product may be rounded to float32, and each of 2k sums to the tensor's dtype, as in a peer of many steps; a sum over
+    all pixels of a channel adds up their number's root of roundings to float32, where errors do not all point one way.
     """
     case = inputs.case
     if contender.role == "ours":
-        given = inputs.value(op)[:1]
-        exact = TRUTH[case.op](replace(case, dtype="fp64"), inputs.device)
-        expected = inputs.value(exact, inputs.x[:1].double())
+        some = case.batch if case.images_meet else 1
+        exact: Op = TRUTH[case.op](replace(case, dtype="fp64"), inputs.device)
+        truth = inputs.values(exact, inputs.x[:some].double())
+        pairs = [(given[:some], expected[:some]) for given, expected in zip(inputs.values(op), truth)]
     else:
-        given = inputs.value(op)
-        expected = inputs.value(OURS[case.op](case, inputs.device, **contender.equal(case)))
-    if given.shape != expected.shape:
-        return math.inf
-    rounding = case.k**2 * torch.finfo(torch.float32).eps + 2 * case.k * torch.finfo(inputs.x.dtype).eps
-    return float((given.double() - expected.double()).abs().max() / (rounding * expected.abs().max().double()))
+        ours = OURS[case.op](case, inputs.device, **contender.equal(case))
+        pairs = list(zip(inputs.values(op), inputs.values(ours)))
+    single = torch.finfo(torch.float32).eps
+    rounding = case.k**2 * single + 2 * case.k * torch.finfo(inputs.x.dtype).eps
+    if case.images_meet:
+        rounding += math.sqrt(inputs.x.numel() / case.channels) * single
+    return max(
+        float(
+            (given.double() - expected.double()).abs().max().detach()
+            / (rounding * expected.abs().max().detach().double())
+        )
+        if given.shape == expected.shape
+        else math.inf
+        for given, expected in pairs
+    )
 
 
 def kept_bytes(op: Op, x: torch.Tensor) -> int:
@@ -284,11 +298,12 @@ def measure(case: Case, contenders: Sequence[Contender], device: str, seconds: f
 def warm(case: Case, names: Sequence[str], device: str, threads: int) -> None:
     """Compile these peers for a case, for the cache on disk: the code depends on the number of threads."""
     torch.set_num_threads(threads)
+    torch.compiler.reset()
     inputs = Inputs(case, device)
     with _backward_repeatable():
         for contender in PEERS[case.op]:
             if contender.name in names:
-                inputs.value(contender.build(case, device))
+                inputs.values(contender.build(case, device))
 
 
 def _enter(contender: Contender, inputs: Inputs, clock: Clock) -> tuple[Result, Once | None]:

@@ -280,3 +280,62 @@ def coarse(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> to
     return (
         torch.randint(-32, 33, shape, generator=torch.Generator().manual_seed(seed)).to(torch.float64).div(8).to(dtype)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveCase:
+    """A blur by predicted filters."""
+
+    reason: str
+    size: tuple[int, int]
+    k: int = 3
+    stride: tuple[int, int] = (2, 2)
+    groups: int = 4
+    normalize: str = "group"
+    pad_mode: str = "reflect"
+    batch: int = 2
+    channels: int = 8
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.channels, *self.size)
+
+    @property
+    def logits_shape(self) -> tuple[int, int, int, int]:
+        out = (-(-n // s) for n, s in zip(self.size, self.stride, strict=True))
+        return (self.batch, self.groups * self.k**2, *out)
+
+    @property
+    def arguments(self) -> tuple:
+        """Of the raw ops, those that follow the tensors."""
+        return (self.k, self.stride, self.groups, self.normalize, self.pad_mode)
+
+    def __str__(self) -> str:
+        text = "{}x{}x{}x{}-k{}-s{}x{}".format(*self.shape, self.k, *self.stride)
+        return f"{text}-g{self.groups}-{self.normalize}-{self.pad_mode}"
+
+
+ADAPTIVE = (
+    *(
+        AdaptiveCase("the usual filters, which have code of their own", size, k, normalize=normalize, pad_mode=border)
+        for (k, border), normalize, size in zip(
+            itertools.product((3, 5), BORDERS), itertools.cycle(("group", "joint", "none")), itertools.cycle(((9, 14), (8, 13)))
+        )
+    ),
+    AdaptiveCase("one tap: a gain, which only a joint softmax has", (7, 6), 1, normalize="joint"),
+    AdaptiveCase("one tap and no softmax", (7, 6), 1, normalize="none"),
+    AdaptiveCase("a filter without code of its own", (11, 15), 7, pad_mode="circular"),
+    AdaptiveCase("stride 1", (6, 19), stride=(1, 1), normalize="joint"),
+    AdaptiveCase("strides that differ, one of them without code of its own", (10, 17), 5, (3, 1), pad_mode="replicate"),
+    AdaptiveCase("a stride beyond the filter: pixels that no output reads", (11, 14), stride=(4, 5), pad_mode="zeros"),
+    AdaptiveCase("one group", (9, 9), groups=1),
+    AdaptiveCase("a channel a group", (6, 7), groups=8, normalize="joint"),
+    *(AdaptiveCase("a map smaller than the filter", (2, 3), 7, pad_mode=border) for border in BORDERS),
+    *(AdaptiveCase("one pixel", (1, 1), 5, pad_mode=border) for border in ("reflect", "zeros")),
+    AdaptiveCase("rows that fill vectors and more", (5, 131), batch=1),
+    AdaptiveCase("groups that fill vectors", (5, 6), groups=2, channels=64, batch=1),
+    AdaptiveCase("groups that leave a tail", (5, 6), 5, groups=2, channels=38, batch=1, normalize="none"),
+    AdaptiveCase("enough rows for several pieces", (67, 40), 5, groups=2, channels=6, batch=1),
+    AdaptiveCase("enough rows for several pieces, wrapped", (70, 33), groups=2, channels=6, batch=1, pad_mode="circular"),
+    AdaptiveCase("an empty batch", (7, 9), batch=0),
+)  # fmt: skip

@@ -18,7 +18,7 @@ import aliasfused
 import tolerances
 from cases import BORDERS, DTYPES, STEPS, coarse, random, row
 from test_contract import Told
-from truth import Blur
+from truth import Adaptive, Blur
 
 OPS = torch.ops.aliasfused
 PAGE = mmap.PAGESIZE
@@ -125,6 +125,45 @@ def one_step(step, dtype, at_end, channels_last) -> None:
     tolerances.assert_within(sums, truth, tolerances.step_sums(told.truth, x, dy, du), f"sums, {what}")
 
 
+def moments() -> int:
+    """Runs that end on both sides of every vector's length, fewer and more of them than are summed at once."""
+    every = list(itertools.product((1, 7, 8, 15, 16, 17, 31, 32, 33, 65, 130, 2111), (False, True), DTYPES))
+    for checked, (n, channels_last, dtype) in enumerate(every):
+        shape = (2, n, 9, 11) if channels_last else (2, 3, 2, n)
+        x = fenced(random(*shape).add(3).to(dtype), channels_last, at_end=bool(checked % 2))
+        mean = x.double().mean((0, 2, 3))
+        squares = (x.double() - mean[:, None, None]).square().sum((0, 2, 3))
+        truth = torch.stack([torch.full_like(mean, x.numel() // x.shape[1]), mean, squares])
+        tolerances.assert_within(OPS.channel_moments(x), truth, tolerances.moments(x), f"moments of {shape}, {dtype}")
+    return len(every)
+
+
+def adaptive() -> int:
+    """Rows of outputs, and groups of channels, that end on both sides of every vector's length."""
+    every = list(itertools.product((1, 7, 8, 9, 15, 16, 17, 31, 33, 65), (3, 5, 7), (1, 2), (False, True)))
+    for checked, (n, k, stride, channels_last) in enumerate(every):
+        dtype, end = DTYPES[checked % 4], bool(checked % 2)
+        size, groups, channels = ((4, 3), 2, 2 * n) if channels_last else ((5, n * stride), 2, 4)
+        arguments = (k, (stride, stride), groups, ("group", "joint", "none")[checked % 3], BORDERS[checked // 2 % 4])
+        grid = [-(-m // stride) for m in size]
+        x = fenced(random(1, channels, *size, dtype=dtype), channels_last, end)
+        logits = fenced(random(1, groups * k * k, *grid, dtype=dtype, seed=1), channels_last, not end)
+        dy = fenced(random(1, channels, *grid, dtype=dtype, seed=2), channels_last, end)
+        blur, what = Adaptive(size, logits, *arguments), f"adaptive {size}, {arguments}, {dtype}, {channels} channels"
+        truth = blur.forward(x)
+        limit = tolerances.adaptive_forward(x, logits, arguments, truth)
+        tolerances.assert_within(OPS.adaptive_blur_pool_fwd(x, logits, *arguments), truth, limit, what)
+        truth = blur.adjoint(dy)
+        limit = tolerances.adaptive_adjoint(dy, logits, arguments, size, truth)
+        dx = OPS.adaptive_blur_pool_bwd(dy, logits, *arguments, *size, channels_last)
+        tolerances.assert_within(dx, truth, limit, f"adjoint, {what}")
+        truth = blur.logits_gradient(dy, x)
+        limit = tolerances.adaptive_logits_grad(dy, x, logits, arguments, truth)
+        dlogits = OPS.adaptive_blur_pool_logits_grad(dy, x, logits, *arguments)
+        tolerances.assert_within(dlogits, truth, limit, f"logits, {what}")
+    return len(every)
+
+
 def conversions() -> None:
     """Every value of the short dtypes unharmed by a blur of one tap, and every tie of two neighbours rounded to even."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -158,4 +197,6 @@ if __name__ == "__main__":
     detail = next(b.detail for b in aliasfused.backends() if (b.name, b.device) == ("native", "cpu"))
     assert detail.partition(" of ")[0] == sys.argv[1], detail
     conversions()
-    print(f"{sys.argv[1]}: {sweep()} geometries, {steps()} steps, every value of the short dtypes")
+    print(
+        f"{sys.argv[1]}: {sweep()} geometries, {steps()} steps, {moments()} moments, {adaptive()} adaptive, every value of the short dtypes"
+    )

@@ -6,13 +6,15 @@ and dtype, so that over the dtypes every row is seen in every layout, and over t
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import aliasfused
 import tolerances
-from cases import CASES, DTYPES, LAYOUTS, STEPS, Case, StepCase, coarse, laid_out, random, row
-from truth import Blur, Step
+from cases import ADAPTIVE, CASES, DTYPES, LAYOUTS, STEPS, Case, StepCase, coarse, laid_out, random, row
+from truth import Adaptive, Blur, Step
 
 OPS = torch.ops.aliasfused
 NAMES = ("native", "triton", "reference")
@@ -35,14 +37,14 @@ def cells() -> list:
     return rows
 
 
-def step_cells() -> list:
-    """(step, dtype, layout): layouts take turns, two a row and dtype."""
+def cells_of(cases) -> list:
+    """(case, dtype, layout): layouts take turns, two a row and dtype."""
     names, rows = list(LAYOUTS), []
-    for i, step in enumerate(STEPS):
+    for i, case in enumerate(cases):
         for d, dtype in enumerate(DTYPES):
             for skip in (0, 3):
                 layout = names[(i + d + skip) % len(names)]
-                rows.append(pytest.param(step, dtype, layout, id=f"{str(dtype)[6:]}-{layout}-{step}"))
+                rows.append(pytest.param(case, dtype, layout, id=f"{str(dtype)[6:]}-{layout}-{case}"))
     return rows
 
 
@@ -53,7 +55,9 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         metafunc.parametrize(("case", "dtype", "layout", "per_channel", "channels_last"), cells())
     if "step" in metafunc.fixturenames:
-        metafunc.parametrize(("step", "dtype", "layout"), step_cells())
+        metafunc.parametrize(("step", "dtype", "layout"), cells_of(STEPS))
+    if "adaptive" in metafunc.fixturenames:
+        metafunc.parametrize(("adaptive", "dtype", "layout"), cells_of(ADAPTIVE))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -233,7 +237,57 @@ def test_step_backward(backend, step, dtype, layout, device):
     tolerances.assert_within(sums, truth, tolerances.step_sums(told.truth, x, dy, du), step.reason)
 
 
+# Sizes that fill vectors and do not, several sums to a channel and parts to a map; a mean that is large against the deviation.
+MOMENTS = (
+    (2, 3, 9, 14, 0), (1, 1, 1, 1, 3), (3, 5, 1, 2, 0), (1, 33, 1, 7, 10), (2, 17, 13, 31, 1e4), (4, 70, 5, 3, 1), (1, 64, 28, 27, 0),
+    (1, 2, 300, 301, 100), (2, 331, 9, 11, 0), (0, 3, 4, 4, 0), (2, 0, 4, 4, 0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", MOMENTS, ids=lambda shape: "x".join(map(str, shape[:4])))
+def test_channel_moments(shape, layout, dtype, backend, device):
+    *shape, offset = shape
+    if backend == "triton" and device == "cpu" and math.prod(shape) > 1000:
+        pytest.skip("Triton's interpreter is slow")
+    x = laid_out(random(*shape).add(offset).to(dtype), layout, device)
+    moments = checked(backend, OPS.channel_moments, x)
+    x = x.cpu()
+    count = x.numel() // max(x.shape[1], 1)
+    mean = x.double().sum((0, 2, 3)) / max(count, 1)
+    truth = torch.stack(
+        [torch.full_like(mean, count), mean, (x.double() - mean[:, None, None]).square().sum((0, 2, 3))]
+    )
+    tolerances.assert_within(moments, truth, tolerances.moments(x))
+
+
+def test_adaptive(backend, adaptive, dtype, layout, device):
+    """x in the layout of the row, logits in the next one, dy in the one after that."""
+    names = list(LAYOUTS)
+    of_logits, of_dy = (names[(names.index(layout) + i) % len(names)] for i in (1, 2))
+    x = laid_out(random(*adaptive.shape, dtype=dtype), layout, device)
+    logits = laid_out(random(*adaptive.logits_shape, dtype=dtype, seed=1), of_logits, device)
+    arguments, ulps = adaptive.arguments, ulps_of(backend, device, dtype)
+    y = checked(backend, OPS.adaptive_blur_pool_fwd, x, logits, *arguments)
+    dy = laid_out(random(*y.shape, dtype=dtype, seed=2), of_dy, device)
+    grid = (*adaptive.size, layout == "nhwc")
+    dx = checked(backend, OPS.adaptive_blur_pool_bwd, dy, logits, *arguments, *grid)
+    dlogits = checked(backend, OPS.adaptive_blur_pool_logits_grad, dy, x, logits, *arguments)
+    x, logits, dy = x.cpu(), logits.cpu(), dy.cpu()
+    blur = Adaptive(adaptive.size, logits, *arguments)
+    truth = blur.forward(x)
+    limit = tolerances.adaptive_forward(x, logits, arguments, truth, ulps)
+    tolerances.assert_within(y, truth, limit, adaptive.reason)
+    truth = blur.adjoint(dy)
+    limit = tolerances.adaptive_adjoint(dy, logits, arguments, adaptive.size, truth, ulps)
+    tolerances.assert_within(dx, truth, limit, adaptive.reason)
+    truth = blur.logits_gradient(dy, x)
+    limit = tolerances.adaptive_logits_grad(dy, x, logits, arguments, truth, ulps)
+    tolerances.assert_within(dlogits, truth, limit, adaptive.reason)
+
+
 def test_every_row_has_a_reason_and_a_name_of_its_own():
-    for cases in (CASES, STEPS):
+    for cases in (CASES, STEPS, ADAPTIVE):
         assert all(case.reason for case in cases)
         assert len({str(case) for case in cases}) == len(cases)

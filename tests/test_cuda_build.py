@@ -87,7 +87,7 @@ def compiled(tmp_path_factory) -> dict[str, tuple[Path, list[Kernel]]]:
 
 
 # How many kernels a source has, at least.
-@pytest.mark.parametrize(("source", "fewest"), [("blur_pool", 100), ("max_blur_pool", 24)])
+@pytest.mark.parametrize(("source", "fewest"), [("blur_pool", 100), ("max_blur_pool", 24), ("channel_moments", 13)])
 def test_every_architecture_has_every_kernel(compiled, source, fewest):
     kernels = compiled[source][1]
     names = {arch: {k.name for k in kernels if k.architecture == arch} for arch in architectures()}
@@ -107,6 +107,10 @@ def test_kernels_with_a_prologue_leave_room(compiled):
     assert [k for k in compiled["max_blur_pool"][1] if k.registers > MOST_REGISTERS] == []
 
 
+def test_kernels_of_moments_stay_in_registers(compiled):
+    assert [k for k in compiled["channel_moments"][1] if k.stack or k.spills or k.registers > MOST_REGISTERS] == []
+
+
 def widest(kernel: str) -> bool:
     """Whether the lane in a mangled kernel name owns 16 bytes of channels, or rows of 16-byte packs."""
     lane = re.search(r"(Channels|RowDown|RowUp)I\w+?Li\d+ELi(\d+)E", kernel)
@@ -114,15 +118,26 @@ def widest(kernel: str) -> bool:
     return int(lane[2]) > 1
 
 
+def functions(fatbin: Path) -> dict[str, str]:
+    """The instructions of each kernel."""
+    command = [find_tool("cuobjdump"), "-sass", "-arch", "sm_90", str(fatbin)]
+    disassembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {text.split("\n", 1)[0].strip(): text for text in disassembly.split("Function : ")[1:]}
+
+
+def test_packs_of_moments_are_read_16_bytes_at_once(compiled):
+    code = functions(compiled["channel_moments"][0])
+    packs = {name: text for name, text in code.items() if re.search(r"moments_partsI\w+?Li[248]E", name)}
+    assert len(packs) == 8
+    for name, text in packs.items():
+        loads = re.findall(r"LDG\S*", text)
+        # Four on their way at once, and those left over one by one.
+        assert len(loads) > 4 and all("128" in load for load in loads), name
+
+
 def test_tuned_kernels_move_16_bytes_at_once(compiled):
-    disassembly = subprocess.run(
-        [find_tool("cuobjdump"), "-sass", "-arch", "sm_90", str(compiled["blur_pool"][0])],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    functions = {text.split("\n", 1)[0].strip(): text for text in disassembly.stdout.split("Function : ")[1:]}
-    tuned = {name: text for name, text in functions.items() if re.search(r"\d+blur_(down|up)I", name)}
+    code = functions(compiled["blur_pool"][0])
+    tuned = {name: text for name, text in code.items() if re.search(r"\d+blur_(down|up)I", name)}
     wide = {name: text for name, text in tuned.items() if widest(name)}
     assert 2 * len(wide) == len(tuned) > 100
     for name, text in wide.items():

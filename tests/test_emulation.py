@@ -509,6 +509,78 @@ def test_too_many_taps_of_a_step(emulated):
         Steps(taps=(1025, 1), pad_mode="replicate").forward(emulated, torch.ones(1, 1, 4, 4))
 
 
+# --- moments of the channels ------------------------------------------------------------------------------------------
+
+
+def moments(emulated, x: torch.Tensor) -> tuple[str, bool]:
+    """One emulated call checked against the truth, and a second against the first: its kernel, whether of several shares."""
+    told = DTYPES[x.dtype], x.shape, x.data_ptr(), x.stride()
+    size = emulated.channel_moments_scratch(*told)
+    calls = []
+    for _ in range(2):
+        (dst, buffer), (scratch, around) = (guarded((1, 1, 1, n), torch.float64) for n in (3 * x.shape[1], size))
+        kernel = emulated.channel_moments(*told, dst.data_ptr(), scratch.data_ptr())
+        for guard in (buffer, around):
+            assert guard[:MARGIN].isnan().all() and guard[-MARGIN:].isnan().all(), "written outside moments or scratch"
+        assert not scratch.isnan().any()
+        calls.append(dst.view(3, -1))
+    assert torch.equal(*(call.view(torch.uint8) for call in calls))
+    tolerances.assert_within(calls[0], reference.channel_moments(x), tolerances.moments(x), f"{kernel} of {told}")
+    return kernel, size > 0
+
+
+# (N, C, H, W) and the kernels in NCHW and NHWC, by what is whole packs of every dtype. Of several shares the last is short.
+MOMENTS = {
+    "pixels and channels": ((2, 16, 6, 8), "nchw", "nhwc"),
+    "channels alone": ((2, 24, 7, 7), "element", "nhwc"),
+    "pixels alone": ((2, 3, 5, 16), "nchw", "element"),
+    "neither": ((3, 5, 7, 9), "element", "element"),
+    "one pixel": ((1, 3, 1, 1), "element", "element"),
+    "one pixel an image": ((5, 16, 1, 1), "nhwc", "nhwc"),
+    "one channel": ((2, 1, 4, 16), "nchw", "nchw"),
+    "a tile of columns that is not full": ((1, 8 * 11, 3, 1), "element", "nhwc"),
+    "tiles of single channels": ((1, 35, 3, 3), "element", "element"),
+    "shares": ((3, 1, 150, 160), "nchw", "nchw"),
+    "shares of channels": ((3, 64, 40, 20), "nchw", "nhwc"),
+    "shares of single elements": ((2, 3, 77, 79), "element", "element"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MOMENTS)
+def test_moments(emulated, shape, dtype):
+    size, *kernels = MOMENTS[shape]
+    x = random(*size, dtype=dtype)
+    chosen = [moments(emulated, in_nan(x, channels_last)) for channels_last in (False, True)]
+    assert [kernel for kernel, _ in chosen] == kernels
+    assert any(shared for _, shared in chosen) == shape.startswith("shares")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
+def test_moments_of_views(emulated, view, channels_last):
+    for dtype in (torch.float32, torch.bfloat16):
+        moments(emulated, VIEWS[view](in_nan(random(2, 16, 10, 32, dtype=dtype), channels_last)))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_moments_far_from_zero(emulated, channels_last):
+    """Of what float32 leaves of the noise nothing more is lost; and equals have no deviation."""
+    for dtype in (torch.float32, torch.float64):
+        x = (1e4 + random(2, 16, 60, 64, dtype=torch.float64)).to(dtype)
+        assert tolerances.moments(x)[2].max() < 1e-3 * reference.channel_moments(x)[2].min()
+        moments(emulated, in_nan(x, channels_last))
+    moments(emulated, in_nan(torch.full((2, 16, 60, 64), 1e4 / 3), channels_last))
+
+
+def test_moments_beyond_32_bit_addresses(emulated):
+    """Memory that is never touched is never mapped."""
+    far = 2**31 + 16
+    for strides in ((far, 16, 4, 1), (far, 1, 64, 16), (far, 17, 4, 1)):
+        x = torch.empty(far + 512, dtype=torch.bfloat16).as_strided((2, 16, 4, 4), strides)
+        moments(emulated, x.copy_(random(*x.shape)))
+
+
 def test_memory_and_undefined_behaviour():
     """The same sources under AddressSanitizer and UndefinedBehaviorSanitizer, as a program of their own."""
     program = build.build("sanitize", "sanitize.cpp", *build.SANITIZE)

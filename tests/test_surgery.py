@@ -173,7 +173,7 @@ def test_a_second_call_changes_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = aliasfused.accelerate(network)
-    assert [row[2:] for row in report] == [("fused", "already fused")]
+    assert [row[2:] for row in report] == [("fused", "already fused", ())]
     assert vars(network[1]) == before
 
 
@@ -264,6 +264,95 @@ def test_a_difference_above_rounding_is_left():
     assert row.action == "left" and "differs by" in row.reason and "rounding allows" in row.reason
 
 
+# --- composer and ffcv, which are not installed: classes of their attributes and arithmetic ---------------------------
+
+
+def smoothed(x, kernel, stride=1):
+    return F.conv2d(x, kernel.expand(x.shape[1], -1, -1, -1), stride=stride, padding=1, groups=x.shape[1])
+
+
+class BlurMaxPool2d(nn.Module):
+    def __init__(self, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False) -> None:
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, kernel_size if stride is None else stride
+        self.padding, self.dilation, self.ceil_mode = padding, dilation, ceil_mode
+        self.register_buffer("filt2d", torch.outer(*[torch.tensor(pascal(3))] * 2)[None, None])
+
+    def forward(self, x):
+        y = F.max_pool2d(x, self.kernel_size, 1, self.padding, self.dilation, self.ceil_mode)
+        return smoothed(y, self.filt2d, self.stride)
+
+
+class BlurPoolConv2d(nn.Module):
+    def __init__(self, conv: nn.Conv2d, channels: int) -> None:
+        super().__init__()
+        self.conv = conv
+        self.register_buffer("blur_filter", torch.outer(*[torch.tensor(pascal(3))] * 2).repeat(channels, 1, 1, 1))
+
+    def forward(self, x):
+        return self.conv.forward(smoothed(x, self.blur_filter))
+
+
+class BlurConv2d(BlurPoolConv2d):
+    def __init__(self, conv: nn.Conv2d, blur_first: bool) -> None:
+        super().__init__(conv, conv.in_channels if blur_first else conv.out_channels)
+        self.blur_first, self.blur_stride = blur_first, 1 if blur_first else conv.stride
+        if not blur_first:
+            conv.stride = (1, 1)
+
+    def forward(self, x):
+        if self.blur_first:
+            return super().forward(x)
+        return smoothed(self.conv.forward(x), self.blur_filter, self.blur_stride)
+
+
+def composers() -> nn.Sequential:
+    return nn.Sequential(
+        BlurConv2d(nn.Conv2d(3, 6, 3, 2, 1), blur_first=True),
+        BlurConv2d(nn.Conv2d(6, 4, 3, 2, 1, groups=2), blur_first=False),
+        BlurMaxPool2d(3, 2, 1),
+        BlurMaxPool2d((3, 2), (2, 1), 0, 2),
+        BlurPoolConv2d(nn.Conv2d(4, 5, 1, 2, bias=False), 4),
+    )
+
+
+@pytest.mark.parametrize("by", ["name", "also"])
+def test_composer_and_ffcv(monkeypatch, by):
+    also = dict.fromkeys(
+        [f"{__name__}.{cls.__name__}" for cls in (BlurMaxPool2d, BlurConv2d, BlurPoolConv2d)], "composer"
+    )
+    if by == "name":
+        for cls in (BlurMaxPool2d, BlurConv2d):
+            monkeypatch.setattr(cls, "__module__", "composer.algorithms.blurpool.blurpool_layers")
+            del also[f"{__name__}.{cls.__name__}"]
+    network, x = composers(), torch.randn(2, 3, 65, 64, dtype=torch.float64)
+    limit, weights = float32_rounding(network, x), [*network.parameters()]
+    original, expected, keys = copy.deepcopy(network), network(x), list(network.state_dict())
+    report = aliasfused.accelerate(network, also=also)
+    assert actions(report) == ["fused"] * 5
+    theirs = aliasfused.compat.composer
+    assert [*map(type, network)] == [*[theirs.BlurConv2d] * 2, *[theirs.BlurMaxPool2d] * 2, theirs.BlurPoolConv2d]
+    assert list(network.state_dict()) == keys and all(
+        a is b for a, b in zip(network.parameters(), weights, strict=True)
+    )
+    assert_agree(network(x), expected, limit)
+    doubled = {key: 2 * value for key, value in network.state_dict().items()}
+    for each in (original, network):
+        each.load_state_dict(doubled)
+    limit = float32_rounding(original, x)
+    assert_agree(network(x), original(x), limit)
+
+
+def test_a_convolution_with_another_blur_is_left(monkeypatch):
+    monkeypatch.setattr(
+        BlurPoolConv2d, "forward", lambda self, x: self.conv(smoothed(x, self.blur_filter) * (1 + 1e-5))
+    )
+    module = BlurPoolConv2d(nn.Conv2d(3, 4, 3, 2, 1), 3)
+    (row,) = aliasfused.accelerate(module, also={f"{__name__}.BlurPoolConv2d": "composer"})
+    assert row.action == "left" and "the output of the fused form differs by" in row.reason
+    assert type(module) is BlurPoolConv2d
+
+
 def replaced_forward():
     blur = timm.layers.BlurPool2d(2)
     blur.forward = lambda x: x
@@ -328,9 +417,9 @@ def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         aliasfused.accelerate([])
     with pytest.raises(
-        ValueError, match=r"also\['a.B'\] must be one of 'antialiased_cnns', 'timm', 'kornia', got 'composer'"
+        ValueError, match=r"also\['a.B'\] must be one of 'antialiased_cnns', 'timm', 'kornia', 'composer', got 'torch'"
     ):
-        aliasfused.accelerate(nn.Identity(), also={"a.B": "composer"})
+        aliasfused.accelerate(nn.Identity(), also={"a.B": "torch"})
 
 
 def test_accelerating_draws_no_random_number():

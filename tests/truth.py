@@ -134,3 +134,65 @@ ACTIVATIONS = {
     "leaky_relu": lambda slope, u: F.leaky_relu(u, slope),
     "softplus": lambda beta, threshold, u: F.softplus(u, beta, threshold),
 }
+
+
+class Adaptive:
+    """A blur by predicted filters in float64: forward, adjoint, and the gradient of the logits."""
+
+    def __init__(self, size, logits, kernel_size, stride, groups, normalize: str, pad_mode: str) -> None:
+        radius = kernel_size // 2
+        rows, cols = (sources(n, radius, radius, kernel_size, s, pad_mode) for n, s in zip(size, stride, strict=True))
+        # Of a map with a zero row above and a zero column ahead of it: the element that a tap of an output reads.
+        self.reads = (rows[:, None, :, None] * (size[1] + 1) + cols[None, :, None, :]).flatten(0, 1)
+        self.size, self.groups, self.normalize = tuple(size), groups, normalize
+        self.logits = logits.detach().cpu().double().unflatten(1, (groups, kernel_size**2))
+
+    @property
+    def over(self) -> tuple[int, ...]:
+        """The dimensions of (N, G, k^2, H', W') that a softmax is over."""
+        return {"group": (2,), "joint": (1, 2), "none": ()}[self.normalize]
+
+    def filters(self, logits: torch.Tensor) -> torch.Tensor:
+        if not self.over:
+            return logits * 1
+        powers = (logits - logits.detach().amax(self.over, keepdim=True)).exp()
+        return powers / powers.sum(self.over, keepdim=True)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return self.filters(self.logits)
+
+    def grouped(self, t: torch.Tensor) -> torch.Tensor:
+        """(N, G, C/G, H, W)"""
+        return t.detach().cpu().double().unflatten(1, (self.groups, t.shape[1] // self.groups))
+
+    def shown(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, G, C/G, k^2, H', W')"""
+        padded = F.pad(self.grouped(x), (1, 0, 1, 0)).flatten(-2)
+        return padded[..., self.reads.flatten()].unflatten(-1, self.reads.shape)
+
+    def blurred(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return (weights[:, :, None] * self.shown(x)).sum(3).flatten(1, 2)
+
+    def spread(self, weights: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+        """The transpose of ``blurred``: what a tap of an output reads is what it gives to."""
+        given = (weights[:, :, None] * self.grouped(dy)[:, :, :, None]).flatten(3)
+        height, width = self.size
+        padded = given.new_zeros(*given.shape[:3], (height + 1) * (width + 1))
+        padded.index_add_(-1, self.reads.flatten(), given)
+        return padded.unflatten(-1, (height + 1, width + 1))[..., 1:, 1:].flatten(1, 2)
+
+    def correlated(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What one more unit of each weight adds to <dy, y>."""
+        return (self.grouped(dy)[:, :, :, None] * self.shown(x)).sum(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blurred(self.weights, x)
+
+    def adjoint(self, dy: torch.Tensor) -> torch.Tensor:
+        return self.spread(self.weights, dy)
+
+    def logits_gradient(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        logits = self.logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(self.filters(logits), logits, self.correlated(dy, x))
+        return gradient.flatten(1, 2)

@@ -1,5 +1,5 @@
 """The names other libraries know their blurs by: a module each, its rules kept to the pixel, nothing imported."""
 
-from . import antialiased_cnns, composer, kornia, timm
+from . import adaptive, antialiased_cnns, composer, kornia, timm
 
-__all__ = ["antialiased_cnns", "composer", "kornia", "timm"]
+__all__ = ["adaptive", "antialiased_cnns", "composer", "kornia", "timm"]

@@ -58,13 +58,13 @@ class _ComposerBlur(KernelBlur):
 
     if TYPE_CHECKING:  # as real annotations TorchScript would refuse them
         blur_stride: Any
+        filt2d: torch.Tensor
         conv: nn.Conv2d
 
     def _geometry(self) -> tuple[Stride, Padding, Any]:
         return self.blur_stride, _half(getattr(self, self._kernel)), "zeros"
 
-    def _begin(self, channels: int, blur_stride: Any) -> None:
-        self.blur_stride = blur_stride
+    def _begin(self, channels: int) -> None:
         kernel = torch.tensor(_ROW)[:, None] * torch.tensor(_ROW)
         self.register_buffer(self._kernel, kernel.repeat(channels, 1, 1, 1))
         self._window = window2d((_ROW, _ROW), *self._geometry())
@@ -101,7 +101,10 @@ class BlurMaxPool2d(_ComposerBlur):
         prologue("none", kernel_size, padding)
         self.kernel_size, self.stride = kernel_size, kernel_size if stride is None else stride
         self.padding, self.dilation, self.ceil_mode = padding, dilation, ceil_mode
-        self._begin(1, self.stride)
+        self._begin(1)
+
+    def _geometry(self) -> tuple[Stride, Padding, Any]:
+        return self.stride, _half(self.filt2d), "zeros"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -117,6 +120,7 @@ class _BlurThenConv(_ComposerBlur):
     """A blur before a strided convolution, its child ``conv``."""
 
     _kernel = "blur_filter"
+    blur_stride = 1  # type: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -170,7 +174,8 @@ class BlurConv2d(_BlurThenConv):
         self.blur_first = blur_first
         conv_stride = last if blur_first else 1
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, conv_stride, padding, dilation, groups, bias)
-        self._begin(in_channels if blur_first else out_channels, 1 if blur_first else last)
+        self.blur_stride = 1 if blur_first else last
+        self._begin(in_channels if blur_first else out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -195,4 +200,4 @@ class BlurPoolConv2d(_BlurThenConv):
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv must be a torch.nn.Conv2d, got {type(conv).__name__}")
         self.conv = conv
-        self._begin(conv.in_channels, 1)
+        self._begin(conv.in_channels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +17,8 @@ __all__ = ["Backend", "backends", "use_backend"]
 OPS = (
     *(f"blur_pool_{name}" for name in ("fwd", "bwd", "taps_fwd", "taps_bwd", "taps_grad")),
     *(f"max_blur_pool_{name}" for name in ("fwd", "bwd", "sums")),
+    "channel_moments",
+    *(f"adaptive_blur_pool_{name}" for name in ("fwd", "bwd", "logits_grad")),
 )
 DEFAULT = "native"
 _KEYS = {"cpu": "CPU", "cuda": "CUDA"}
@@ -72,16 +75,16 @@ class _Registrations:
         if self.library is not None:
             self.library._destroy()
         self.current, self.library = name, torch.library.Library("aliasfused", "IMPL")
-        module = {"native": None, "triton": triton, "reference": reference}[name]
+        find = {"native": None, "triton": triton.find, "reference": functools.partial(getattr, reference)}[name]
         with warnings.catch_warnings():
             # Overriding a registration is the purpose here, torch's warning about it is not news.
             warnings.filterwarnings("ignore", message=".*[Oo]verrid.*", category=UserWarning)
             for device, key in _KEYS.items():
                 backend = _find(name, device)
-                if backend.available and module is None:
+                if backend.available and find is None:
                     continue  # the shared object registered itself
                 for op in OPS:
-                    function = getattr(module, op) if backend.available else _refusal(backend)
+                    function = find(op) if find and backend.available else _refusal(backend)
                     self.library.impl(op, function, key, allow_override=True)
 
 

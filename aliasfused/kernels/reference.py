@@ -172,6 +172,84 @@ def max_blur_pool_sums(dy, x, affine, *rest):
     return sums if x.dtype is torch.float64 else sums.float()
 
 
+def filters_of(logits: torch.Tensor, kernel_size: int, groups: int, normalize: str) -> torch.Tensor:
+    """The filters that logits stand for, (N, G, k^2, H', W'), in at least float32."""
+    wide = logits if logits.dtype is torch.float64 else logits.float()
+    w = wide.unflatten(1, (groups, kernel_size**2))
+    if normalize == "none":
+        return w
+    return w.softmax(2) if normalize == "group" else wide.softmax(1).view_as(w)
+
+
+def shown_to_taps(x, size, kernel_size, stride, groups, pad_mode, gather):
+    """What every tap in turn shows to all outputs, of which there are ``size``: (N, G, C/G, H', W'), in at least float32."""
+    radius = kernel_size // 2
+    wide = x if x.dtype is torch.float64 else x.float()
+    extended = extend(wide, [radius] * 4, pad_mode, gather).unflatten(1, (groups, x.shape[1] // groups))
+    reach = [s * (n - 1) + 1 for s, n in zip(stride, size, strict=True)]
+    for p in range(kernel_size):
+        for q in range(kernel_size):
+            yield extended[..., p : p + reach[0] : stride[0], q : q + reach[1] : stride[1]]
+
+
+def adaptive_in_steps(x, logits, kernel_size, stride, groups, normalize, pad_mode, gather=None):
+    """The adaptive blur of torch's own differentiable operations, tap by tap."""
+    if gather is None:
+        leaves = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        gather = not leaves and kernel_size // 2 >= min(x.shape[2:])
+    w = filters_of(logits, kernel_size, groups, normalize)
+    shown = shown_to_taps(x, logits.shape[2:], kernel_size, stride, groups, pad_mode, gather)
+    y = sum(w[:, :, None, tap] * pixels for tap, pixels in enumerate(shown)).flatten(1, 2).to(x.dtype)
+    if torch.jit.is_tracing():  # sizes are tensors then
+        return y
+    return y.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+def _grids(size, kernel_size, stride, pad_mode, device):
+    """(tap, rows, columns): which pixel of x a tap of every output reads, as matrices of zeros and ones."""
+    radius = kernel_size // 2
+    rows, cols = _axes((*size,), kernel_size, kernel_size, stride, [radius] * 4, pad_mode, device)
+    return [(p * kernel_size + q, rows[p], cols[q]) for p in range(kernel_size) for q in range(kernel_size)]
+
+
+def adaptive_blur_pool_fwd(x, logits, kernel_size, stride, groups, normalize, pad_mode):
+    w = filters_of(logits.double(), kernel_size, groups, normalize)
+    pixels = x.double().unflatten(1, (groups, x.shape[1] // groups))
+    y = pixels.new_zeros((*pixels.shape[:3], *logits.shape[2:]))
+    for tap, rows, cols in _grids(x.shape[2:], kernel_size, stride, pad_mode, x.device):
+        y += w[:, :, None, tap] * (rows @ pixels @ cols.mT)
+    return _like(y.flatten(1, 2), x, torch._prims_common.suggest_memory_format(x) is torch.channels_last)
+
+
+def adaptive_blur_pool_bwd(dy, logits, kernel_size, stride, groups, normalize, pad_mode, H, W, channels_last):
+    w = filters_of(logits.double(), kernel_size, groups, normalize)
+    results = dy.double().unflatten(1, (groups, dy.shape[1] // groups))
+    dx = results.new_zeros((*results.shape[:3], H, W))
+    for tap, rows, cols in _grids((H, W), kernel_size, stride, pad_mode, dy.device):
+        dx += rows.mT @ (w[:, :, None, tap] * results) @ cols
+    return _like(dx.flatten(1, 2), dy, channels_last)
+
+
+def adaptive_blur_pool_logits_grad(dy, x, logits, kernel_size, stride, groups, normalize, pad_mode):
+    w = filters_of(logits.double(), kernel_size, groups, normalize)
+    pixels, results = (t.double().unflatten(1, (groups, t.shape[1] // groups)) for t in (x, dy))
+    dw = torch.zeros_like(w)
+    for tap, rows, cols in _grids(x.shape[2:], kernel_size, stride, pad_mode, x.device):
+        dw[:, :, tap] = (results * (rows @ pixels @ cols.mT)).sum(2)
+    if normalize != "none":
+        dw = w * (dw - (w * dw).sum(2 if normalize == "group" else (1, 2), keepdim=True))
+    last = torch._prims_common.suggest_memory_format(logits) is torch.channels_last
+    return _like(dw.flatten(1, 2), logits, last)
+
+
+def channel_moments(x):
+    if x.numel() == 0:
+        return x.new_zeros((3, x.shape[1]), dtype=torch.float64)
+    count = x.numel() // x.shape[1]
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    return torch.stack([torch.full_like(mean, count), mean, var * count])
+
+
 def border_index(like: torch.Tensor, n: int, before: int, after: int, pad_mode: str) -> torch.Tensor:
     """Which of an axis' n pixels each position of its extension shows; zeros, which shows none beyond, has no index.
 

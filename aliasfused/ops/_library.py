@@ -31,9 +31,7 @@ def empty(x: torch.Tensor, shape: tuple[int, ...], channels_last: bool) -> torch
 
 def wants_autograd(*tensors: torch.Tensor) -> bool:
     """Whether a gradient, a forward tangent or a functorch transform may be looking at the result."""
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def multilinear(
@@ -106,3 +104,76 @@ def multilinear(
         return op(*args)
 
     return call
+
+
+def fused(
+    op: Callable[..., torch.Tensor],
+    tensors: int,
+    vjp: Callable[..., tuple[torch.Tensor | None, ...]],
+    in_steps: Callable[..., torch.Tensor],
+) -> Callable[..., torch.Tensor]:
+    """Autograd of every order for an op that does several steps at once, its first ``tensors`` arguments being tensors or None.
+
+    1. Its reverse rule is ``vjp(wanted, cotangent, saved, rest)``, with kernels of its own.
+    2. What differentiates that rule again, forward-mode derivatives and torch.func's transforms run ``in_steps(*args)``
+       instead: the same, one after the other, of differentiable operations.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> torch.Tensor:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+            ctx.save_for_backward(*inputs[:tensors])
+            ctx.rest = inputs[tensors:]
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:tensors]
+            if torch.is_grad_enabled():
+                grads = _again(lambda *some: in_steps(*some, *ctx.rest), wanted, cotangent, saved)
+            else:
+                grads = vjp(wanted, cotangent, saved, ctx.rest)
+            return (*grads, *(None,) * len(ctx.rest))
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
+            return torch.vmap(lambda *some: in_steps(*some, *args[tensors:]), in_dims[:tensors])(*args[:tensors]), 0
+
+    Function.__name__ = Function.__qualname__ = op.__name__
+
+    @torch.compiler.allow_in_graph
+    def in_graph(*args: Any) -> torch.Tensor:
+        return Function.apply(*args)
+
+    def call(*args: Any) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return in_graph(*args)
+        if transformed():
+            return in_steps(*args)
+        if wants_autograd(*(t for t in args[:tensors] if t is not None)):
+            return Function.apply(*args)
+        return op(*args)
+
+    return call
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is at work, and no compiler."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _again(
+    steps: Callable[..., torch.Tensor], wanted: tuple[bool, ...], cotangent: torch.Tensor, tensors: tuple[Any, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of ``steps(*tensors)`` as a graph of their own."""
+    with torch.enable_grad():
+        # Views, for one may be computed from another: what flows on between them is not this node's to follow.
+        views = [None if t is None else t.view_as(t) for t in tensors]
+        asked = [t for t, want in zip(views, wanted, strict=True) if want and t is not None]
+        grads = iter(torch.autograd.grad(steps(*views), asked, cotangent, create_graph=True))
+    return tuple(next(grads) if want else None for want in wanted)

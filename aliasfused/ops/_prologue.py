@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import reference
-from ._library import wants_autograd
 from ._window import is_int
 
 Act = str | tuple[str, float] | tuple[str, float, float]
@@ -104,74 +101,3 @@ def affine_of(x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor |
             raise ValueError(f"{name} must be on the device of x ({x.device}), got {row.device}")
         rows.append(row.to(dtype))
     return torch.stack(rows)
-
-
-def fused(
-    op: Callable[..., torch.Tensor],
-    bwd: Callable[..., torch.Tensor],
-    sums: Callable[..., torch.Tensor],
-    blur: Callable[..., torch.Tensor],
-) -> Callable[..., torch.Tensor]:
-    """``call(x, affine, *prologue, *window)`` with gradients of every order.
-
-    1. The reverse rule is ``bwd`` for x, and for the affine's rows the channels' sums of du and du (x - center).
-    2. What differentiates that rule again, forward-mode derivatives and torch.func's transforms run in steps instead:
-       affine, activation and maximum as torch's own differentiable ops, then ``blur(z, *window)``.
-    """
-
-    def in_steps(x: torch.Tensor, affine: torch.Tensor | None, *rest: Any) -> torch.Tensor:
-        return blur(reference.prepared(x, affine, *rest[:4]), *rest[4:])
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(x: torch.Tensor, affine: torch.Tensor | None, *rest: Any) -> torch.Tensor:
-            return op(x, affine, *rest)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            ctx.save_for_backward(*inputs[:2])
-            ctx.rest = inputs[2:]
-
-        @staticmethod
-        def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            (x, affine), wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
-            nones = (None,) * len(ctx.rest)
-            if torch.is_grad_enabled():
-                return (*_again(in_steps, wanted, dy, x, affine, ctx.rest), *nones)
-            dx = bwd(dy, x, affine, None, *ctx.rest) if wanted[0] else None
-            if not wanted[1]:
-                return (dx, None, *nones)
-            shift, scale = sums(dy, x, affine, *ctx.rest)
-            return (dx, torch.stack([-affine[1] * shift, scale, shift]), *nones)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
-            return torch.vmap(lambda x, affine: in_steps(x, affine, *args[2:]), in_dims[:2])(*args[:2]), 0
-
-    Function.__name__ = Function.__qualname__ = op._schema.name.replace("::", "_")  # type: ignore[attr-defined]
-
-    @torch.compiler.allow_in_graph
-    def in_graph(*args: Any) -> torch.Tensor:
-        return Function.apply(*args)
-
-    def call(x: torch.Tensor, affine: torch.Tensor | None, *rest: Any) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return in_graph(x, affine, *rest)
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-            return in_steps(x, affine, *rest)
-        if wants_autograd(x, *(() if affine is None else (affine,))):
-            return Function.apply(x, affine, *rest)
-        return op(x, affine, *rest)
-
-    call.in_steps = in_steps  # type: ignore[attr-defined]
-    return call
-
-
-def _again(in_steps: Any, wanted: tuple[bool, ...], dy: torch.Tensor, x: Any, affine: Any, rest: Any) -> list[Any]:
-    """The gradients of x and affine as a graph of their own."""
-    with torch.enable_grad():
-        # Views, for the affine may be computed from x: what flows on from one to the other is not this node's to follow.
-        x, affine = x.view_as(x), None if affine is None else affine.view_as(affine)
-        asked = [t for t, want in zip((x, affine), wanted, strict=True) if want]
-        grads = iter(torch.autograd.grad(in_steps(x, affine, *rest), asked, dy, create_graph=True))
-    return [next(grads) if want else None for want in wanted]

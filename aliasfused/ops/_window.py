@@ -139,24 +139,30 @@ def _padding2d(padding: Padding, kh: int, kw: int) -> tuple[int, int, int, int]:
 
 
 def check_input(x: torch.Tensor, window: Window, dims: int = 2, grown: tuple[int, int] = (0, 0)) -> torch.Tensor:
-    """Check x against a window before any memory is touched; under autocast, cast it as a convolution would.
+    """Check x against a window before any memory is touched, and as ``check_tensor`` does.
 
     ``grown`` is by how much the map that is blurred is higher and wider than x.
     """
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    x = check_tensor("x", x)
     if x.dim() - dims not in (1, 2):
         raise ValueError(
             f"x must have shape {'(N, C, H, W) or (C, H, W)' if dims == 2 else '(N, C, L) or (C, L)'}, got {tuple(x.shape)}"
         )
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"x must be a dense (strided) tensor, got layout {x.layout}")
     left, right, top, bottom = window.padding
     _check_axis("width" if dims == 2 else "length", x.shape[-1], left, right, length(window.taps_w), grown[1])
     if dims == 2:
         _check_axis("height", x.shape[-2], top, bottom, length(window.taps_h), grown[0])
+    return x
+
+
+def check_tensor(name: str, x: torch.Tensor) -> torch.Tensor:
+    """Check what every op asks of a tensor; under autocast, cast it as a convolution would."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}")
     device = x.device.type
     if device != "meta" and x.dtype is not torch.float64 and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))

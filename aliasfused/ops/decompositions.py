@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from ..kernels.reference import border_index, extend, prepared
+from ..kernels.reference import adaptive_in_steps, border_index, extend, filters_of, prepared, shown_to_taps
 
 __all__ = ["decompositions"]
 
@@ -45,7 +45,9 @@ def decompositions(
     1. forward: ``conv(extend(x), outer(h, w))``, the taps rounded to the dtype of x as a convolution needs them;
     2. adjoint: the convolution's own, then every pixel collects the positions of the extension that show it;
     3. taps' gradient: the convolution's with respect to its kernel, contracted with the other axis' taps;
-    4. what comes before a blur (affine, activation, maximum) and its gradients: aten's own, in at least float32.
+    4. what comes before a blur (affine, activation, maximum) and its gradients: aten's own, in at least float32;
+    5. a channel's moments: aten's variance and mean, in float64;
+    6. a blur by predicted filters: a softmax, and a product for every tap.
 
     Args:
         border: "pad" extends by F.pad, whose reflection needs a map larger than the pad; "gather" by an index lookup,
@@ -81,6 +83,11 @@ def decompositions(
         left, right, top, bottom = padding
         extended = dy.new_empty((*dy.shape[:2], H + top + bottom, W + left + right))
         dx = _convolution_backward(dy, extended, kernel(dy, taps_h, taps_w), stride, [True, False, False])[0]
+        return folded(dx, padding, pad_mode, H, W, channels_last)
+
+    def folded(dx: Any, padding: Any, pad_mode: str, H: Any, W: Any, channels_last: bool) -> Any:
+        """Every pixel's share of an extension's gradient."""
+        left, right, top, bottom = padding
         for dim, n, before, after in ((2, H, top, bottom), (3, W, left, right)):
             if pad_mode == "zeros":
                 dx = dx.narrow(dim, before, n)
@@ -135,8 +142,62 @@ def decompositions(
         du, centred = argument_grad(dy, x, affine, *rest)
         return torch.stack([du.sum((0, 2, 3)), (du * centred).sum((0, 2, 3))])
 
+    def moments(x: Any) -> Any:
+        var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+        count = torch.full_like(mean, x.shape[0] * x.shape[2] * x.shape[3])
+        return torch.stack([count, mean, var * count])
+
+    def adaptive(x: Any, logits: Any, k: int, stride: Any, groups: int, normalize: str, pad_mode: str) -> Any:
+        return adaptive_in_steps(x, logits, k, stride, groups, normalize, pad_mode, border == "gather")
+
+    def adaptive_up(
+        dy: Any,
+        logits: Any,
+        k: int,
+        stride: Any,
+        groups: int,
+        normalize: str,
+        pad_mode: str,
+        H: Any,
+        W: Any,
+        channels_last: bool,
+    ) -> Any:
+        w, radius = filters_of(logits, k, groups, normalize), k // 2
+        cotangent = dy.to(w.dtype).unflatten(1, (groups, dy.shape[1] // groups))
+        # Apart by the stride, and each tap's share moved to where the tap reads.
+        size = [s * (n - 1) + 1 for s, n in zip(stride, dy.shape[2:], strict=True)]
+        total: Any = 0
+        for tap in range(k * k):
+            part = (w[:, :, None, tap] * cotangent).flatten(1, 2)
+            spread = part.new_zeros((*part.shape[:2], *size))
+            spread = spread_out(spread, part, stride)
+            p, q = divmod(tap, k)
+            height, width = H + 2 * radius, W + 2 * radius
+            total = total + F.pad(spread, [q, width - size[1] - q, p, height - size[0] - p])
+        return folded(total.to(dy.dtype), [radius] * 4, pad_mode, H, W, channels_last)
+
+    def spread_out(spread: Any, part: Any, stride: Any) -> Any:
+        """``spread[..., ::s_h, ::s_w] = part``, as a function."""
+        rows = torch.slice_scatter(spread[:, :, :: stride[0]], part, 3, step=stride[1])
+        return torch.slice_scatter(spread, rows, 2, step=stride[0])
+
+    def adaptive_grad(
+        dy: Any, x: Any, logits: Any, k: int, stride: Any, groups: int, normalize: str, pad_mode: str
+    ) -> Any:
+        w = filters_of(logits, k, groups, normalize)
+        cotangent = dy.to(w.dtype).unflatten(1, (groups, dy.shape[1] // groups))
+        shown = shown_to_taps(x, dy.shape[2:], k, stride, groups, pad_mode, border == "gather")
+        dw = torch.stack([(cotangent * pixels).sum(2) for pixels in shown], 2)
+        if normalize != "none":
+            dw = w * (dw - (w * dw).sum([2] if normalize == "group" else [1, 2], keepdim=True))
+        return dw.flatten(1, 2).to(x.dtype).contiguous(memory_format=torch._prims_common.suggest_memory_format(logits))
+
     ops = torch.ops.aliasfused
     return {
+        ops.adaptive_blur_pool_fwd.default: adaptive,
+        ops.adaptive_blur_pool_bwd.default: adaptive_up,
+        ops.adaptive_blur_pool_logits_grad.default: adaptive_grad,
+        ops.channel_moments.default: moments,
         ops.max_blur_pool_fwd.default: step,
         ops.max_blur_pool_bwd.default: step_backward,
         ops.max_blur_pool_sums.default: step_sums,

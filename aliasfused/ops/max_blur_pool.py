@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import reference
 from . import blur_pool
-from ._library import define, empty, is_channels_last
-from ._prologue import Act, Prologue, affine_of, fused, prologue
+from ._library import define, empty, fused, is_channels_last
+from ._prologue import Act, Prologue, affine_of, prologue
 from ._window import Padding, PadMode, Stride, Taps, Window, check_input, window2d
 
 __all__ = ["act_blur_pool2d", "apply", "max_blur_pool2d"]
@@ -49,18 +50,38 @@ def _fake_sums(dy, x, *rest):
     return x.new_empty((2, x.shape[1]), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
 
 
-_fwd = define(f"max_blur_pool_fwd(Tensor x, Tensor? affine, {_REST}) -> Tensor", _fake_fwd)
-_bwd = define(
+fwd = define(f"max_blur_pool_fwd(Tensor x, Tensor? affine, {_REST}) -> Tensor", _fake_fwd)
+bwd = define(
     f"max_blur_pool_bwd(Tensor dy, Tensor x, Tensor? affine, Tensor? correction, {_REST}) -> Tensor", _fake_bwd
 )
-_sums = define(f"max_blur_pool_sums(Tensor dy, Tensor x, Tensor? affine, {_REST}) -> Tensor", _fake_sums)
+sums = define(f"max_blur_pool_sums(Tensor dy, Tensor x, Tensor? affine, {_REST}) -> Tensor", _fake_sums)
 
 
-def _blur(z: torch.Tensor, *window) -> torch.Tensor:
-    return blur_pool.apply(z, Window(*window))
+def in_steps(x: torch.Tensor, affine: torch.Tensor | None, *rest) -> torch.Tensor:
+    """The same, one after the other: affine, activation and maximum as torch's own operations, then the blur."""
+    return blur_pool.apply(reference.prepared(x, affine, *rest[:4]), Window(*rest[4:]))
 
 
-_fused = fused(_fwd, _bwd, _sums, _blur)
+def _vjp(wanted, dy, saved, rest):
+    x, affine = saved
+    dx = bwd(dy, x, affine, None, *rest) if wanted[0] else None
+    if not wanted[1]:
+        return dx, None
+    shift, scale = sums(dy, x, affine, *rest)
+    return dx, torch.stack([-affine[1] * shift, scale, shift])
+
+
+_fused = fused(fwd, 2, _vjp, in_steps)
+
+
+def takes_steps(window: Window) -> bool:
+    """Taps that are tensors have gradients of their own. They, and what leaves PyTorch, take the steps one by one."""
+    return window.learned or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+def run(x: torch.Tensor, affine: torch.Tensor | None, before: Prologue, window: Window) -> torch.Tensor:
+    """Of a checked (N,C,H,W) and the table (3,C) of an affine."""
+    return (in_steps if takes_steps(window) else _fused)(x, affine, *before, *window)
 
 
 def apply(
@@ -75,11 +96,7 @@ def apply(
     affine = affine_of(x, scale, shift)
     if before.idle and affine is None:
         return blur_pool.apply(x, window)
-    batch = x if x.dim() == 4 else x.unsqueeze(0)
-    # Taps that are tensors have gradients of their own. They, and what leaves PyTorch, take the steps one by one.
-    alone = window.learned or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-    run = _fused.in_steps if alone else _fused  # type: ignore[attr-defined]
-    y = run(batch, affine, *before, *window)
+    y = run(x if x.dim() == 4 else x.unsqueeze(0), affine, before, window)
     return y if x.dim() == 4 else y.squeeze(0)
 
 

@@ -10,6 +10,8 @@ struct CpuKernels {
   void (*blur_pool)(const BlurPool&, const Parallel&);
   void (*taps_grad)(const TapsGrad&, const Parallel&);
   void (*max_blur_pool)(const MaxBlurPool&, const Parallel&);
+  void (*channel_moments)(const ChannelMoments&, const Parallel&);
+  void (*adaptive_blur_pool)(const AdaptiveBlurPool&, const Parallel&);
 };
 
 // The best instruction set of this processor, or the one that the environment variable ALIASFUSED_CPU_ISA names.

@@ -1,6 +1,8 @@
 // What the instruction sets offer to the rest of the library: the same functions, one namespace each.
 #pragma once
 
+#include "../adaptive_blur_pool.h"
+#include "../channel_moments.h"
 #include "../max_blur_pool.h"
 
 namespace aliasfused {
@@ -17,12 +19,14 @@ struct Parallel {
 
 // blur_rows: rows [begin, end) of the result of one image, its channels side by side (NHWC), on the caller's thread; dst is
 // where row `begin` goes.
-#define ALIASFUSED_CPU_KERNELS(isa)                            \
-  namespace isa {                                              \
-  void blur_pool(const BlurPool&, const Parallel&);            \
-  void blur_rows(const BlurPool&, index_t begin, index_t end); \
-  void taps_grad(const TapsGrad&, const Parallel&);            \
-  void max_blur_pool(const MaxBlurPool&, const Parallel&);     \
+#define ALIASFUSED_CPU_KERNELS(isa)                                  \
+  namespace isa {                                                    \
+  void blur_pool(const BlurPool&, const Parallel&);                  \
+  void blur_rows(const BlurPool&, index_t begin, index_t end);       \
+  void taps_grad(const TapsGrad&, const Parallel&);                  \
+  void max_blur_pool(const MaxBlurPool&, const Parallel&);           \
+  void channel_moments(const ChannelMoments&, const Parallel&);      \
+  void adaptive_blur_pool(const AdaptiveBlurPool&, const Parallel&); \
   }
 
 ALIASFUSED_CPU_KERNELS(baseline)

@@ -90,10 +90,10 @@ struct Side {
 
   // Brings in the rows of x that row j of z is of: met(h) for those not met before. To be called for rising j.
   template <typename Met>
-  Range window(Memory& m, const void* x, const Strides& s, index_t n, index_t c, index_t j, Met&& met) const {
+  Range window(Memory& m, const MapRows<T>& x, index_t n, index_t c, index_t j, Met&& met) const {
     const index_t lo = max(j - pre.top, 0), hi = min(j - pre.top + pre.kernel_h, pre.height);
     for (index_t h = max(m.end, lo); h < hi; ++h) {
-      rows.activate_row(act, tables, rows.x_row(x, s, n, c, h, m.copy.data), c, m.v[h]);
+      rows.activate_row(act, tables, x.row(n, c, h, m.copy.data), c, m.v[h]);
       met(h);
     }
     m.end = hi;
@@ -101,8 +101,8 @@ struct Side {
   }
 
   // Which pixels the maxima of row j of z are.
-  void winners(Memory& m, index_t n, index_t c, index_t j) const {
-    const Range in = window(m, op.x, op.x_stride, n, c, j, [&](index_t h) {
+  void winners(Memory& m, const MapRows<T>& x, index_t n, index_t c, index_t j) const {
+    const Range in = window(m, x, n, c, j, [&](index_t h) {
       sized(pre.kernel_w, [&](auto k) INLINED {
         Rows::template along<k>(m.v[h], rows.z_row, rows.channels, pre.kernel_w, pre.left, m.highest[h], m.column[h]);
       });
@@ -115,15 +115,15 @@ struct Side {
   // Rows [lo, hi) of z, from channel c of image n on.
   void prepare(Memory& m, index_t n, index_t c, index_t lo, index_t hi, T* z) const {
     m.end = -1;
-    const Strides& s = blur.src_stride;
+    const MapRows<T> x = rows.rows_of(blur.src, blur.src_stride);
     if (!rows.has_max) {
-      const index_t together = rows.follow_each_other(s) ? hi - lo : 1;
+      const index_t together = x.follow_each_other() ? hi - lo : 1;
       for (index_t j = lo; j < hi; j += together, z += together * rows.z_row)
-        rows.activate_alone(act, tables, rows.x_row(blur.src, s, n, c, j, m.copy.data), together * rows.row, c, z);
+        rows.activate_alone(act, tables, x.row(n, c, j, m.copy.data), together * rows.row, c, z);
       return;
     }
     for (index_t j = lo; j < hi; ++j, z += rows.z_row) {
-      const Range in = window(m, blur.src, s, n, c, j, [](index_t) {});
+      const Range in = window(m, x, n, c, j, [](index_t) {});
       for (index_t h = in.lo; h < in.hi; ++h) m.highest_rows.data[h - in.lo] = m.v[h];
       const int count = static_cast<int>(in.hi - in.lo);
       sized(count, [&](auto a) INLINED {
@@ -136,13 +136,13 @@ struct Side {
   // Rows [begin, end) of dx out of the gradient of z, which begins at row `lo`.
   void finish(Memory& m, index_t n, index_t c, index_t begin, index_t end, const T* g, index_t lo, double* sums) const {
     T* dx = blur.dst ? static_cast<T*>(blur.dst) + n * blur.dst_stride.n + c * blur.dst_stride.c + begin * blur.dst_stride.h : nullptr;
+    const MapRows<T> x = rows.rows_of(op.x, op.x_stride);
     const auto put = [&](index_t h, index_t together, const auto* dv) {
-      const T* x = rows.x_row(op.x, op.x_stride, n, c, h, m.copy.data);
-      rows.gradient(act, tables, x, dv, together * rows.row, c, dx, m.part.data, sums);
+      rows.gradient(act, tables, x.row(n, c, h, m.copy.data), dv, together * rows.row, c, dx, m.part.data, sums);
       if (dx) dx += together * rows.row;
     };
     if (!rows.has_max) {
-      const index_t together = rows.follow_each_other(op.x_stride) ? end - begin : 1;
+      const index_t together = x.follow_each_other() ? end - begin : 1;
       for (index_t h = begin; h < end; h += together) put(h, together, g + (h - lo) * rows.z_row);
       return;
     }
@@ -150,7 +150,7 @@ struct Side {
     index_t seen = lo;
     for (index_t h = begin; h < end; ++h) {
       const index_t from = max(h + pre.top - pre.kernel_h + 1, 0), to = min(h + pre.top + 1, rows.z_rows);
-      for (; seen < to; ++seen) winners(m, n, c, seen);
+      for (; seen < to; ++seen) winners(m, x, n, c, seen);
       for (index_t j = from; j < to; ++j)
         m.winner_rows.data[j - from] = m.row[j], m.gradient_rows.data[j - from] = g + (j - lo) * rows.z_row;
       const int count = static_cast<int>(max(to - from, 0)), first = static_cast<int>(h + pre.top - from);

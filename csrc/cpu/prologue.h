@@ -4,6 +4,7 @@
 
 #include "act.h"
 #include "memory.h"
+#include "rows.h"
 
 namespace aliasfused {
 namespace AF_ISA {
@@ -64,6 +65,8 @@ struct PrologueRows {
   index_t extended = z_row + reach;  // a row of v with its border
   bool has_max = pre.kernel_h > 1 || pre.kernel_w > 1;
 
+  MapRows<T> rows_of(const void* x, const Strides& s) const { return {x, s, pre.height, pre.width, channels}; }
+
   // The tables of one call: (3, channels) affine and (2, channels) correction, rows padded to whole vectors.
   struct Tables {
     index_t pitch;
@@ -103,20 +106,6 @@ struct PrologueRows {
   }
   INLINED static Vec<acc> load(const T* p, int n) { return n == lanes ? Lanes<T>::load_vector(p) : Lanes<T>::load_vector(p, n); }
   INLINED static void store(T* p, Vec<acc> v, int n) { n == lanes ? Lanes<T>::store_vector(p, v) : Lanes<T>::store_vector(p, v, n); }
-
-  // Row h of x, from channel c of image n on, without gaps: where it is, or copied.
-  const T* x_row(const void* x, const Strides& s, index_t n, index_t c, index_t h, T* copy) const {
-    const T* p = static_cast<const T*>(x) + n * s.n + c * s.c + h * s.h;
-    if ((channels == 1 || s.c == 1) && (pre.width == 1 || s.w == channels)) return p;
-    for (index_t w = 0; w < pre.width; ++w)
-      for (index_t k = 0; k < channels; ++k) copy[w * channels + k] = p[w * s.w + k * s.c];
-    return copy;
-  }
-
-  // Whether rows from this one on lie in memory as one.
-  bool follow_each_other(const Strides& s) const {
-    return (channels == 1 || s.c == 1) && (pre.width == 1 || s.w == channels) && (pre.height == 1 || s.h == row);
-  }
 
   // act of some elements of x, and what `put` does with it.
   template <typename A, typename Put>

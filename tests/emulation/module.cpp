@@ -6,7 +6,9 @@
 #include <stdexcept>
 #include <tuple>
 
+#include "cuda/adaptive_blur_pool.h"
 #include "cuda/blur_pool.h"
+#include "cuda/channel_moments.h"
 #include "cuda/max_blur_pool.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
@@ -26,6 +28,10 @@ void check(const char* error) {
 }
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+ChannelMoments moments_of(int dtype, const std::array<index_t, 4>& shape, uintptr_t x, const std::array<index_t, 4>& stride) {
+  return {static_cast<Dtype>(dtype), shape[0], shape[1], shape[2], shape[3], at(x), strides_of(stride), nullptr};
+}
 
 }  // namespace
 
@@ -71,6 +77,40 @@ PYBIND11_MODULE(emulated, m) {
     op.x = at(x), op.x_stride = strides_of(x_stride), op.correction = at(correction), op.sums = at(sums);
     check(max_blur_pool_cuda(op, nullptr));
   });
+  m.def("channel_moments_scratch", [](int dtype, std::array<index_t, 4> shape, uintptr_t x, std::array<index_t, 4> stride) {
+    return channel_moments_scratch(moments_of(dtype, shape, x, stride));
+  });
+  m.def("channel_moments",
+        [](int dtype, std::array<index_t, 4> shape, uintptr_t x, std::array<index_t, 4> stride, uintptr_t moments, uintptr_t scratch) {
+          ChannelMoments op = moments_of(dtype, shape, x, stride);
+          op.moments = static_cast<double*>(at(moments));
+          check(channel_moments_cuda(op, static_cast<double*>(at(scratch)), nullptr));
+          return channel_moments_cuda_kernel(op);
+        });
+  // normalize and result by their numbers in csrc/adaptive_blur_pool.h; what is not read has no address.
+  m.def("adaptive_blur_pool",
+        [](int dtype, int normalize, int result, index_t batch, index_t channels, int groups, std::array<index_t, 6> rows,
+           std::array<index_t, 6> cols, uintptr_t x, uintptr_t dy, uintptr_t logits, uintptr_t dst, std::array<index_t, 4> x_stride,
+           std::array<index_t, 4> dy_stride, std::array<index_t, 4> logits_stride, std::array<index_t, 4> dst_stride) {
+          const AdaptiveBlurPool op{static_cast<Dtype>(dtype),
+                                    static_cast<Normalize>(normalize),
+                                    static_cast<AdaptiveResult>(result),
+                                    batch,
+                                    channels,
+                                    groups,
+                                    axis_of(rows),
+                                    axis_of(cols),
+                                    at(x),
+                                    at(dy),
+                                    at(logits),
+                                    at(dst),
+                                    strides_of(x_stride),
+                                    strides_of(dy_stride),
+                                    strides_of(logits_stride),
+                                    strides_of(dst_stride)};
+          check(adaptive_blur_pool_cuda(op, nullptr));
+          return adaptive_blur_pool_cuda_kernel(op);
+        });
   m.def("to_half", [](float v) { return static_cast<float>(__half(v)); });
   m.def("to_bfloat16", [](float v) { return static_cast<float>(__nv_bfloat16(v)); });
 }

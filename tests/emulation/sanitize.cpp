@@ -6,7 +6,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/adaptive_blur_pool.h"
 #include "cuda/blur_pool.h"
+#include "cuda/channel_moments.h"
 #include "cuda/max_blur_pool.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
@@ -98,6 +100,42 @@ void run_step(Dtype dtype, Act act, index_t c, index_t h, index_t w, int kh, int
   cases += 3;
 }
 
+template <typename scalar_t>
+void run_moments(Dtype dtype, index_t c, index_t h, index_t w, bool channels_last) {
+  const index_t n = 2;
+  Buffer<scalar_t> x(static_cast<size_t>(n * c * h * w), 1);
+  Buffer<double> moments(3 * c, NAN);
+  const ChannelMoments op{dtype, n, c, h, w, x.data, layout(channels_last, c, h, w), moments.data};
+  Buffer<double> scratch(channel_moments_scratch(op), NAN);
+  if (channel_moments_cuda(op, scratch.data, nullptr)) std::abort();
+  moments.expect_written(channel_moments_cuda_kernel(op)), scratch.expect_written("moments_parts");
+  ++cases;
+}
+
+template <typename scalar_t>
+void run_adaptive(Dtype dtype, Normalize normalize, index_t c, int groups, index_t h, index_t w, int k, int stride, Border border,
+                  bool channels_last) {
+  const index_t n = 2, taps = groups * k * k;
+  const auto axis = [&](index_t in) { return Axis{in, (in - 1) / stride + 1, k / 2, k, stride, border}; };
+  const Axis rows = axis(h), cols = axis(w);
+  const size_t pixels = n * h * w, outputs = n * rows.out * cols.out;
+  Buffer<scalar_t> x(c * pixels, 1), dx(c * pixels, NAN), dy(c * outputs, 1), y(c * outputs, NAN);
+  Buffer<scalar_t> logits(taps * outputs, 1), dlogits(taps * outputs, NAN);
+  const Strides large = layout(channels_last, c, h, w), small = layout(channels_last, c, rows.out, cols.out);
+  const Strides filters = layout(channels_last, taps, rows.out, cols.out);
+  AdaptiveBlurPool op{dtype,  normalize, AdaptiveResult::y, n,      c,     groups, rows,    cols,
+                      x.data, dy.data,   logits.data,       y.data, large, small,  filters, small};
+  if (adaptive_blur_pool_cuda(op, nullptr)) std::abort();
+  y.expect_written("adaptive_down");
+  op.result = AdaptiveResult::dx, op.x = nullptr, op.dst = dx.data, op.dst_stride = large;
+  if (adaptive_blur_pool_cuda(op, nullptr)) std::abort();
+  dx.expect_written("adaptive_up");
+  op.result = AdaptiveResult::dlogits, op.x = x.data, op.dst = dlogits.data, op.dst_stride = filters;
+  if (adaptive_blur_pool_cuda(op, nullptr)) std::abort();
+  dlogits.expect_written("adaptive_grad");
+  cases += 3;
+}
+
 }  // namespace
 
 int main() {
@@ -124,6 +162,28 @@ int main() {
         if (act % 3) continue;
         run_step<__half>(Dtype::float16, static_cast<Act>(act), 2, size[0], size[1], kw, kh, k, 2, border, channels_last);
         run_step<double>(Dtype::float64, static_cast<Act>(act), 2, size[0], size[1], kh, kw, 9, stride, border, channels_last);
+      }
+  // The last in several shares, whose last is short.
+  const index_t maps[][2] = {{1, 1}, {7, 7}, {9, 16}, {60, 144}};
+  for (const auto& size : maps)
+    for (const bool channels_last : {false, true})
+      for (const int c : {1, 3, 8}) {
+        run_moments<float>(Dtype::float32, c, size[0], size[1], channels_last);
+        run_moments<__nv_bfloat16>(Dtype::bfloat16, c, size[0], size[1], channels_last);
+        run_moments<__half>(Dtype::float16, c, size[0], size[1], channels_last);
+        run_moments<double>(Dtype::float64, c, size[0], size[1], channels_last);
+      }
+  for (const auto& size : {sizes[0], sizes[1], sizes[2]})
+    for (const int k : {3, 5, 9})
+      for (const bool channels_last : {false, true}) {
+        const Border border = static_cast<Border>(turn++ * 5 / 4 % 4);
+        const Normalize normalize = static_cast<Normalize>(turn / 2 % 3);
+        const int stride = 1 + turn % 3, groups = 1 + turn % 2;
+        run_adaptive<float>(Dtype::float32, normalize, 8, groups, size[0], size[1], k, stride, border, channels_last);
+        run_adaptive<__nv_bfloat16>(Dtype::bfloat16, normalize, 16, groups, size[0], size[1], k, stride, border, channels_last);
+        if (k > 3) continue;
+        run_adaptive<__half>(Dtype::float16, normalize, 6, groups, size[0], size[1], k, stride, border, channels_last);
+        run_adaptive<double>(Dtype::float64, normalize, 2, groups, size[0], size[1], k, stride, border, channels_last);
       }
   std::printf("%d cases\n", cases);
 }

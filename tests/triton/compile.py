@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from aliasfused import filters
 from aliasfused.kernels.triton import blur_pool as ours
+from aliasfused.kernels.triton import channel_moments as moments
 from aliasfused.kernels.triton import max_blur_pool as steps
 from aliasfused.kernels.triton.launch import options
 
@@ -92,14 +93,15 @@ def plan(
     return kernel, arguments
 
 
-def assert_lean(binary, tmp_path):
-    """Neither stack (spills among it) nor local nor shared memory: a thread works in its registers."""
+def assert_lean(binary, tmp_path, shared=0):
+    """Neither stack (spills among it) nor local nor more shared memory: a thread works in its registers."""
     path = tmp_path / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
     report = subprocess.run([cuobjdump(), "-res-usage", path], capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report))
-    assert usage and int(usage["STACK"]) == int(usage["LOCAL"]) == int(usage["SHARED"]) == 0, report
-    assert binary.metadata.shared == 0
+    # What the driver keeps for itself of shared memory is counted where there is some.
+    assert usage and int(usage["STACK"]) == int(usage["LOCAL"]) == 0 and (shared or int(usage["SHARED"]) == 0), report
+    assert binary.metadata.shared <= shared
 
 
 def widths(binary, instruction):
@@ -165,7 +167,7 @@ def test_gather(adjoint, learned):
 def launched(monkeypatch):
     """What would have been launched, as (kernel, arguments)."""
     calls = []
-    for module in (ours, steps):
+    for module in (ours, moments, steps):
         monkeypatch.setattr(
             module, "launch", lambda device, threads, kernel, _, arguments: calls.append((kernel, arguments))
         )
@@ -221,3 +223,23 @@ def test_steps_of_other_images(shape, launched):
     step("none", (2, 2) if shape[3] > 1 else (2, 1), torch.float16, shape)
     for call in launched:
         compiled(*call)
+
+
+@LAYOUT
+@pytest.mark.parametrize("dtype", POINTERS, ids=lambda d: str(d)[6:])
+def test_moments(dtype, channels_last, launched, tmp_path):
+    """Threads meet when all is summed, not before."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(8, 64, 56, 56, dtype=dtype, device="meta", memory_format=memory_format)
+    moments.channel_moments(x)
+    binary = compiled(*launched[0])
+    assert_lean(binary, tmp_path, shared=8 * moments.THREADS * launched[0][1]["SPAN"])
+    assert widths(binary, "ld") == {16}
+
+
+@pytest.mark.parametrize("shape", [(8, 61, 27, 27), (2**31, 1, 8, 8)], ids=["odd", "wide"])
+@pytest.mark.parametrize("cut", [0, 1], ids=["whole", "cut"])
+def test_moments_of_other_images(shape, cut, launched, tmp_path):
+    x = torch.empty(shape, dtype=torch.bfloat16, device="meta")[..., cut:]
+    moments.channel_moments(x)
+    assert_lean(compiled(*launched[0]), tmp_path, shared=8 * moments.THREADS * launched[0][1]["SPAN"])

@@ -18,7 +18,9 @@ import tolerances
 from aliasfused import filters
 from aliasfused.kernels import reference
 from aliasfused.kernels.triton import blur_pool as ours
+from aliasfused.kernels.triton import channel_moments as moments
 from aliasfused.kernels.triton import max_blur_pool as steps
+from aliasfused.kernels.triton.launch import Operand
 from cases import StepCase, coarse, laid_out, random
 from test_contract import Told
 from truth import Step
@@ -30,8 +32,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
     """The interpreter pays for each program, hardly for its size."""
-    monkeypatch.setattr(ours, "THREADS", 1024)
-    monkeypatch.setattr(steps, "THREADS", 1024)
+    for module in (ours, moments, steps):
+        monkeypatch.setattr(module, "THREADS", 1024)
 
 
 @pytest.fixture
@@ -273,6 +275,7 @@ def test_beyond_32_bit_addresses():
     dy, near = x[..., :3], (x[..., :3].clone(), x.clone())
     dx = steps.max_blur_pool_bwd(dy, x, None, None, *rest)
     assert torch.equal(dx, steps.max_blur_pool_bwd(*near, None, None, *rest))
+    assert_moments(x)
 
 
 def test_through_the_public_function():
@@ -433,3 +436,33 @@ def test_empty_step(shape):
     assert y.shape == (*shape[:2], 2, 2)
     assert steps.max_blur_pool_bwd(y, x, None, None, *rest).shape == shape
     assert torch.equal(steps.max_blur_pool_sums(y, x, None, *rest), torch.zeros(2, shape[1]))
+
+
+def assert_moments(x: torch.Tensor) -> None:
+    """The same bits each time."""
+    actual = moments.channel_moments(x)
+    assert torch.equal(actual, moments.channel_moments(x))
+    tolerances.assert_within(actual, reference.channel_moments(x), tolerances.moments(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_moments(dtype):
+    """Whole vectors, halves of them and single pixels or channels; one pixel, one channel, none."""
+    for x in layouts(dtype):
+        assert_moments(x)
+    for shape in ((2, 12, 3, 4), (3, 5, 7, 3), (1, 3, 1, 1), (4, 40, 1, 1), (2, 1, 5, 8), (0, 3, 2, 2), (2, 0, 2, 2)):
+        x = random(*shape, dtype=dtype)
+        assert_moments(x)
+        assert_moments(x.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc", "slice"])
+def test_moments_in_several_shares_and_sums(layout, monkeypatch):
+    """Of what float32 leaves of noise far from zero nothing more is lost."""
+    for threads, programs, shape in ((32, 99, (2, 3, 32, 36)), (8, 1, (1, 2, 46, 50))):
+        monkeypatch.setattr(moments, "THREADS", threads)
+        monkeypatch.setattr(moments, "PROGRAMS", programs)
+        x = laid_out((1e4 + random(*shape)).float(), layout)
+        assert_moments(x)
+        shares, _, plan = moments._plan(Operand.of(x), threads, programs)
+        assert shares > 1 if programs > 1 else plan["share"] > plan["ROWS"] * plan["SUM"]

@@ -14,14 +14,15 @@ import torch
 _OPS = {
     "blur_pool": ("blur_pool_fwd", "blur_pool_bwd", "blur_pool_taps_fwd", "blur_pool_taps_bwd", "blur_pool_taps_grad"),
     "max_blur_pool": ("max_blur_pool_fwd", "max_blur_pool_bwd", "max_blur_pool_sums"),
+    "channel_moments": ("channel_moments",),
+    "adaptive_blur_pool": ("adaptive_blur_pool_fwd", "adaptive_blur_pool_bwd", "adaptive_blur_pool_logits_grad"),
 }
 
 
-def __getattr__(name: str) -> Any:
-    for module, ops in _OPS.items():
-        if name in ops:
-            return getattr(importlib.import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def find(op: str) -> Any:
+    """The function of an op. It is no attribute, as an op may have the name of its module."""
+    module = next(module for module, ops in _OPS.items() if op in ops)
+    return getattr(importlib.import_module(f".{module}", __name__), op)
 
 
 @functools.cache
