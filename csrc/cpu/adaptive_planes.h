@@ -126,7 +126,8 @@ struct AdaptivePlanes {
         }
       }
     } else {
-      for (index_t w = 0; w < along.in; ++w) to[(w + r) % s * phase + (w + r) / s] = widen(pixels[w * x.w]);
+      for (index_t ph = 0; ph < s; ++ph)
+        for (index_t w = floor_mod(ph - r, s), m = (w + r) / s; w < along.in; w += s, ++m) to[ph * phase + m] = widen(pixels[w * x.w]);
     }
     for (index_t e = 0; e < extended - along.in; ++e) {
       const index_t w = border_source.data[e];
@@ -184,6 +185,7 @@ struct AdaptivePlanes {
         }
         sized([&](auto K) {
           if (along.stride == 2) gather<K, 2>(count);
+          else if (along.stride == 1) gather<K, 1>(count);
           else gather<K, 0>(count);
         });
         const index_t r = along.before;
@@ -211,10 +213,13 @@ struct AdaptivePlanes {
         const Unit<acc> u = interleave(Unit<acc>{sum(0, m), sum(1, m)});
         V::store(row.data + 2 * m, u.a), V::store(row.data + 2 * m + lanes, u.b);
       }
+    } else if (S == 1) {
+      for (index_t m = 0; m < n; m += lanes) V::store(row.data + m, sum(0, m));
     } else {
-      for (int ph = 0; ph < s; ++ph)
-        for (index_t m = 0; m < n; m += lanes) V::store(lines.data + ph * phase + m, sum(ph, m));
-      for (index_t t = 0; t < extended; ++t) row.data[t] = lines.data[t % s * phase + t / s];
+      for (int ph = 0; ph < s; ++ph) {
+        for (index_t m = 0; m < n; m += lanes) V::store(lines.data + m, sum(ph, m));
+        for (index_t t = ph, m = 0; t < extended; t += s, ++m) row.data[t] = lines.data[m];
+      }
     }
   }
 
