@@ -417,7 +417,8 @@ def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
         aliasfused.accelerate([])
     with pytest.raises(
-        ValueError, match=r"also\['a.B'\] must be one of 'antialiased_cnns', 'timm', 'kornia', 'composer', got 'torch'"
+        ValueError,
+        match=r"also\['a.B'\] must be one of 'antialiased_cnns', 'timm', 'kornia', 'composer', 'adaptive', got 'torch'",
     ):
         aliasfused.accelerate(nn.Identity(), also={"a.B": "torch"})
 
@@ -427,3 +428,54 @@ def test_accelerating_draws_no_random_number():
     state = torch.get_rng_state()
     aliasfused.accelerate(network)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- predicted filters ---------------------------------------------------------------------------------------------------
+
+
+class Released(torch.nn.Module):
+    """As Adaptive-anti-Aliasing has it: the same children and attributes, every position's window unfolded."""
+
+    def __init__(self, channels, kernel_size=3, stride=2, group=2):
+        super().__init__()
+        self.pad, self.stride = torch.nn.ReflectionPad2d(kernel_size // 2), stride
+        self.kernel_size, self.group = kernel_size, group
+        self.conv = torch.nn.Conv2d(channels, group * kernel_size**2, kernel_size, bias=False)
+        self.bn = torch.nn.BatchNorm2d(group * kernel_size**2)
+        self.softmax = torch.nn.Softmax(dim=1)
+
+    def forward(self, x):
+        w = self.softmax(self.bn(self.conv(self.pad(x))))
+        (n, c, h, width), k = x.shape, self.kernel_size**2
+        windows = torch.nn.functional.unfold(self.pad(x), self.kernel_size).view(
+            n, self.group, c // self.group, k, h, width
+        )
+        y = (windows * w.view(n, self.group, 1, k, h, width)).sum(3).view(x.shape)
+        return y[:, :, :: self.stride, :: self.stride]
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_released_layers_with_predicted_filters(group):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), Released(4, group=group)).double()
+    before, x = copy.deepcopy(model), torch.randn(2, 3, 11, 12, dtype=torch.float64)
+    (row,) = aliasfused.accelerate(model, also={f"{__name__}.Released": "adaptive"})
+    assert (row.action, row.reason) == ("fused", "")
+    assert type(model[1]) is aliasfused.compat.adaptive.Downsample_PASA_group_softmax
+    for training in (True, False):
+        for m in (model, before):
+            m.train(training)
+        torch.testing.assert_close(model(x), before(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before.state_dict()), rtol=1e-12, atol=1e-12)
+    assert [row.reason for row in aliasfused.accelerate(model)] == ["already fused"]
+
+
+def test_predicted_filters_otherwise_used_are_left():
+    class Other(Released):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = torch.nn.Sequential(Other(4))
+    name = f"{Other.__module__}.{Other.__qualname__}"
+    (row,) = aliasfused.accelerate(model, also={name: "adaptive"})
+    assert row.action == "left" and "of the fused form differs" in row.reason and type(model[0]) is Other

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..compat import antialiased_cnns, composer, kornia, timm
+from ..compat import adaptive, antialiased_cnns, composer, kornia, timm
 from ..compat._kernel import KernelBlur, outer
 from ..nn._blur import Blur2d
 from . import trial
@@ -25,6 +25,11 @@ _PEERS: dict[str, type[KernelBlur]] = {
     "kornia.filters.blur_pool.MaxBlurPool2D": kornia.MaxBlurPool2D,
     "composer.algorithms.blurpool.blurpool_layers.BlurMaxPool2d": composer.BlurMaxPool2d,
     "composer.algorithms.blurpool.blurpool_layers.BlurConv2d": composer.BlurConv2d,
+}
+# Blurs by predicted filters, as released.
+_ADAPTIVE: dict[str, type[nn.Module]] = {
+    f"models_lpf.layers.pasa.{cls.__name__}": cls
+    for cls in (adaptive.Downsample_PASA_group_softmax, adaptive.Downsample_PASA)
 }
 _LIBRARIES: dict[str, type[KernelBlur]] = {
     "antialiased_cnns": antialiased_cnns.BlurPool,
@@ -60,13 +65,13 @@ def accelerate(
     model: nn.Module, *, fuse: Literal["all", "blur"] = "all", also: Mapping[str, str] | None = None
 ) -> Report:
     """Make every BlurPool of antialiased-cnns, timm, kornia and composer inside a model a fused one, in place, the root too,
-    and one step with it what stands before it.
+    and one step with it what stands before it; so too the released blurs by predicted filters.
 
     1. A blur is recognised by its class's module and name; subclasses are not, since their forward may differ.
     2. It is run old against new in float64 (float32 where a device has none) on two small inputs, one of odd height and
        even width, one the other way: ``|y_old - y_new| <= sum|K - h w^T| + 2 k_h k_w eps sum|K|`` for inputs within
        [-1, 1], K its kernel and h, w the rows read from it. Beyond that, or where the fused form refuses, it is left.
-       Convolutions with a blur are run as a whole, as in 5.
+       Convolutions with a blur, and predicted filters with their predictor, are run as a whole, as in 5.
     3. The instance's class is exchanged. Weights, buffers, state_dict keys, hooks, shared references, mode, device and
        dtype are the instance's and stay.
     4. With ``fuse="all"``, what comes before a blur is drawn into it: any of ``BatchNorm2d`` (or timm's
@@ -89,7 +94,7 @@ def accelerate(
         model: any module.
         fuse: "all", or "blur" for blurs alone.
         also: further classes, such as vendored copies: full name to the library whose attributes they have,
-            "antialiased_cnns", "timm", "kornia" or "composer"; under the same check.
+            "antialiased_cnns", "timm", "kornia", "composer" or "adaptive" (Adaptive-anti-Aliasing); under the same check.
 
     Returns:
         A :class:`Report`, one row a blur: its name in the model, its class, "fused" or "left", why, and what it absorbed.
@@ -106,8 +111,8 @@ def accelerate(
     if fuse not in ("all", "blur"):
         raise ValueError(f"fuse must be 'all' or 'blur', got {fuse!r}")
     for name, library in (also or {}).items():
-        if library not in _LIBRARIES:
-            raise ValueError(f"also[{name!r}] must be one of {', '.join(map(repr, _LIBRARIES))}, got {library!r}")
+        if library not in (libraries := (*_LIBRARIES, "adaptive")):
+            raise ValueError(f"also[{name!r}] must be one of {', '.join(map(repr, libraries))}, got {library!r}")
     names = {module: name for name, module in model.named_modules()}
     rows = {row.name: row for module in names for row in _visit(module, names, also or {})}
     for chain in fuse_chains(model) if fuse == "all" else ():
@@ -129,7 +134,12 @@ def accelerate(
 
 def _visit(module: nn.Module, names: Mapping[nn.Module, str], also: Mapping[str, str]) -> Iterator[Row]:
     name, cls = names[module], full_name(type(module))
-    if isinstance(module, Fused):
+    if isinstance(module, adaptive._Released):
+        yield Row(name, cls, "fused", "already fused")
+    elif cls in _ADAPTIVE or also.get(cls) == "adaptive":
+        reason = _exchange_adaptive(module)
+        yield Row(name, cls, "left" if reason else "fused", reason)
+    elif isinstance(module, Fused):
         yield Row(name, cls, "fused", "already fused", module.absorbed(names))
     elif isinstance(module, Blur2d):
         yield Row(name, cls, "fused", "already fused")
@@ -182,6 +192,27 @@ def _difference_with_convolution(module: nn.Module, fused: Any) -> str:
     new.__class__, new.__dict__["_window"] = type(fused), fused._window
     reach = (k * d for k, d in zip(old.conv.kernel_size, old.conv.dilation, strict=True))
     return trial.difference(old, new, old.conv.in_channels, 2 * max(reach) + 5, [False])
+
+
+@torch.inference_mode(False)
+def _exchange_adaptive(module: Any) -> str:
+    """Exchange the class of one blur by predicted filters, or say why not."""
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    if any(hooked(child) for child in module.children()):
+        return "a module inside it has hooks, which the fused form may not call"
+    # The plain one, which has no groups, clamps where the other has a softmax.
+    target = adaptive.Downsample_PASA_group_softmax if hasattr(module, "group") else adaptive.Downsample_PASA
+    try:
+        old = twin(module, trial.random_tensors())
+        new = twin(old)
+        new.__class__ = target
+        reason = trial.difference(old, new, old.conv.in_channels, 2 * old.kernel_size + 5, (False, True))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if not reason:
+        module.__class__ = target
+    return reason
 
 
 def _like(module: nn.Module, buffers: dict[str, torch.Tensor]) -> nn.Module:
