@@ -49,14 +49,6 @@ AdaptiveBlurPool told(const Tensor& map, const Tensor& logits, int64_t k, const 
   return op;
 }
 
-void check_dy(const Tensor& dy, const Tensor& logits, const Tensor& x) {
-  check_4d(dy, "dy");
-  STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == x.size(1) && dy.size(2) == logits.size(2) && dy.size(3) == logits.size(3) &&
-                      dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
-                  "aliasfused: dy must be like the blurred x: its dtype and device, ", x.size(0), " x ", x.size(1), " x ", logits.size(2),
-                  " x ", logits.size(3));
-}
-
 template <typename Device>
 Tensor into(AdaptiveBlurPool& op, AdaptiveResult result, Tensor dst, const Tensor& other) {
   op.result = result, op.dst = dst.data_ptr(), op.dst_stride = strides_of(dst);
@@ -77,7 +69,7 @@ template <typename Device>
 Tensor bwd(Tensor dy, Tensor logits, int64_t k, Ints stride, int64_t groups, std::string normalize, std::string pad_mode, int64_t h,
            int64_t w, bool channels_last) {
   AdaptiveBlurPool op = told(dy, logits, k, stride, groups, normalize, pad_mode, h, w);
-  check_dy(dy, logits, dy);
+  check_dy(dy, dy, logits.size(2), logits.size(3));
   op.dy = dy.data_ptr(), op.dy_stride = strides_of(dy);
   return into<Device>(op, AdaptiveResult::dx, empty_4d(dy, dy.size(0), dy.size(1), h, w, channels_last), dy);
 }
@@ -87,7 +79,7 @@ Tensor logits_grad(Tensor dy, Tensor x, Tensor logits, int64_t k, Ints stride, i
                    std::string pad_mode) {
   check_4d(x, "x");
   AdaptiveBlurPool op = told(x, logits, k, stride, groups, normalize, pad_mode, x.size(2), x.size(3));
-  check_dy(dy, logits, x);
+  check_dy(dy, x, logits.size(2), logits.size(3));
   op.x = x.data_ptr(), op.x_stride = strides_of(x), op.dy = dy.data_ptr(), op.dy_stride = strides_of(dy);
   Tensor dst = empty_4d(logits, logits.size(0), logits.size(1), logits.size(2), logits.size(3), is_channels_last(logits));
   if (x.numel() == 0) torch::stable::zero_(dst);

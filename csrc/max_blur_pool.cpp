@@ -82,11 +82,7 @@ struct Call {
   }
 
   void differentiate(const Tensor& dy, const Tensor& x) {
-    check_4d(dy, "dy");
-    STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == x.size(1) && dy.size(2) == op.blur.rows.out &&
-                        dy.size(3) == op.blur.cols.out && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
-                    "aliasfused: dy must be like the blurred x: its dtype and device, ", x.size(0), " x ", x.size(1), " x ",
-                    op.blur.rows.out, " x ", op.blur.cols.out);
+    check_dy(dy, x, op.blur.rows.out, op.blur.cols.out);
     op.blur.adjoint = true, op.blur.src = dy.data_ptr(), op.blur.src_stride = strides_of(dy);
     op.x = x.data_ptr(), op.x_stride = strides_of(x);
   }

@@ -102,4 +102,12 @@ inline void check_4d(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 4, "aliasfused: ", name, " must have four dimensions (N, C, H, W), got ", t.dim());
 }
 
+// dy is to be a gradient of x blurred to h x w pixels.
+inline void check_dy(const Tensor& dy, const Tensor& x, int64_t h, int64_t w) {
+  check_4d(dy, "dy");
+  STD_TORCH_CHECK(dy.size(0) == x.size(0) && dy.size(1) == x.size(1) && dy.size(2) == h && dy.size(3) == w &&
+                      dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
+                  "aliasfused: dy must be like the blurred x: its dtype and device, ", x.size(0), " x ", x.size(1), " x ", h, " x ", w);
+}
+
 }  // namespace aliasfused

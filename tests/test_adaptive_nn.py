@@ -292,6 +292,16 @@ def test_traced_copied_and_pickled(arguments, training):
         assert torch.equal(twin(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("arguments", WAYS)
+def test_traced_by_jit_and_mapped_by_functorch(arguments):
+    module = trained(AdaptiveBlurPool2d(4, groups=2, **arguments)).eval()
+    traced = torch.jit.trace(module, torch.randn(2, 4, 7, 6, dtype=torch.float64))
+    x = torch.randn(3, 2, 4, 8, 11, dtype=torch.float64)
+    expected = torch.stack([module(value) for value in x])
+    agree([torch.stack([traced(value) for value in x]), torch.func.vmap(module)(x)], [expected] * 2)
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, NORMS["group norm"]])
 def test_autocast_gives_a_convolutions_dtype(norm, training):

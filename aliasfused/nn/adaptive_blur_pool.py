@@ -188,7 +188,7 @@ class AdaptiveBlurPool2d(Adaptive2d):
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
 
-    For backward the blur keeps x and the logits; no filter reaches memory.
+    For backward the blur keeps x and the logits; no filter reaches memory. TorchScript takes it by ``torch.jit.trace`` only.
 
     Source: Zou, Xiao, Yu & Lee, Delving Deeper into Anti-aliasing in ConvNets, 2020.
     """

@@ -81,7 +81,7 @@ def apply(
         raise TypeError(
             f"logits must have the dtype and device of x ({x.dtype}, {x.device}), got {logits.dtype}, {logits.device}"
         )
-    grid = tuple(-(-n // s) for n, s in zip(x.shape[2:], stride, strict=True))
+    grid = tuple((n - 1) // s + 1 for n, s in zip(x.shape[2:], stride, strict=True))
     begins, size = (x.shape[0], groups * kernel_size**2), tuple(logits.shape[2:])
     if tuple(logits.shape[:2]) != begins or size not in (grid, tuple(x.shape[2:])):
         raise ValueError(
