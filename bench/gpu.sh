@@ -65,7 +65,10 @@ fi
 stage backends 40 "$python" -m aliasfused
 
 if "$python" -c 'import pytest' 2>/dev/null; then
-  stage contract 150 "$python" -m pytest tests/test_contract.py --device cuda -q -p no:cacheprovider
+  contract() { stage "$1" "$2" "$python" -m pytest tests/test_contract.py --device cuda -q -p no:cacheprovider -k "$3"; }
+  contract contract 110 "not triton"
+  # Each of its kernels is compiled when it is first called, which takes longer than all else: one dtype, one layout.
+  contract contract_triton 100 "triton and float32-nchw"
 else
   missing pytest "the contract tests did not run"
 fi
