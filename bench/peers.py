@@ -137,6 +137,21 @@ def _pad_conv(case: Case, device: str) -> Op:
     return pad_conv
 
 
+def unfused_blur(k: int) -> nn.Module:
+    """Padding and convolution at stride 2, of any number of channels and dtype."""
+
+    class Blur(nn.Module):
+        weight: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.weight is None:
+                row = torch.tensor(aliasfused.filters.binomial(k), dtype=torch.float64)
+                self.weight = torch.outer(row, row).to(x.device, x.dtype).repeat(x.shape[1], 1, 1, 1)
+            return F.conv2d(F.pad(x, _padding(k), mode="reflect"), self.weight, stride=2, groups=x.shape[1])
+
+    return Blur()
+
+
 def _slices(case: Case, device: str) -> Op:
     """The sum of shifted strided slices, one axis after the other: the form the compiler fuses best."""
     taps, padding, stride = aliasfused.filters.binomial(case.k), _padding(case.k), case.stride

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from .cases import Case
 from .network import NetworkRow
+from .price import PriceRow, price
 from .rows import Row
 
 _NOTHING = "-"
@@ -176,6 +177,22 @@ def network_table(rows: Sequence[NetworkRow]) -> Table:
         difference = _NOTHING if row.variant == "before" else _number(row.difference, ".1e")
         step = f"{_number(row.step_ms, '.1f')} ms"
         table.add_row(row.mode, row.variant, _number(row.images_per_s, ".1f"), step, _bytes(row.peak_bytes), difference)
+    return table
+
+
+def price_table(rows: Sequence[PriceRow]) -> Table:
+    table = Table(title="The price of anti-aliasing: a ResNet-50's training step, convolutions excluded")
+    table.caption = (
+        "price: batch norm, ReLU (maximum) and blur, less batch norm, ReLU (maximum) of the strided net, all sites, forward and "
+        f"backward, batch {rows[0].batch}."
+    )
+    for heading in ("sites", "layout", "dtype", "unfused", "fused", "fused / unfused"):
+        table.add_column(heading, justify="left" if heading in ("sites", "layout", "dtype") else "right")
+    for stem, layout, dtype in dict.fromkeys((row.stem, row.layout, row.dtype) for row in rows):
+        some = [row for row in rows if (row.stem, row.layout, row.dtype) == (stem, layout, dtype)]
+        unfused, fused = (price(some, variant, stem) for variant in ("unfused", "fused"))
+        sites = "the stem" if stem else "three stages"
+        table.add_row(sites, layout, dtype, f"{unfused:,.0f} µs", f"{fused:,.0f} µs", f"{fused / unfused:.2f}")
     return table
 
 

@@ -19,10 +19,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import cases, network, peers, report, timing
+from . import cases, network, peers, price, report, timing
 from .cases import Case
 from .network import NetworkRow
 from .plot import plot
+from .price import PriceRow
 from .rows import Machine, Row, Store, latest, resumable, this_machine, to_rows
 
 # Kept from returning memory to the system, malloc hands out warm pages, to every contender alike. Else a fresh output
@@ -175,6 +176,7 @@ def main(
         console.print(f"{len(wanted) - len(todo)} of {len(wanted)} cases are in {store.path} already.")
 
     network_rows: list[NetworkRow] = []
+    price_rows: list[PriceRow] = []
     with _progress(console) as progress:
         jobs = bench.compilations(todo) + (network.compilations(device, machine.threads) if with_network else [])
         workers = min(8, machine.cores)
@@ -186,6 +188,9 @@ def main(
             with _steps(progress, "network", 3) as step:
                 network_rows = network.measure(device, machine, bench.backends[0], 4.0 if bars else 2.0, step)
             Store(out / f"{stem}-network.csv", NetworkRow, fresh=not bars).add(network_rows)
+            with _steps(progress, "price of anti-aliasing", 4) as step:
+                price_rows = price.measure(device, machine, bench.seconds, step)
+            Store(out / f"{stem}-price.csv", PriceRow, fresh=not bars).add(price_rows)
     if not tables:
         return
 
@@ -203,6 +208,7 @@ def main(
         console.print(missing)
     if network_rows:
         console.print(report.network_table(network_rows))
+        console.print(report.price_table(price_rows))
     if bars:
         for name in dict.fromkeys(cell.ours.backend for cell in cells):
             found = report.verdicts([cell for cell in cells if cell.ours.backend == name], device)

@@ -16,7 +16,7 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import aliasfused
-from bench import cases, peers, report, run, timing
+from bench import cases, peers, price, report, run, timing
 from bench.cases import Case
 from bench.peers import Absent, Contender
 from bench.rows import Machine, Row, Store, latest, resumable, to_rows
@@ -248,3 +248,21 @@ def test_bars_are_judged_by_their_own_cells():
         ("bytes kept for backward by b", "backward"): True,
     }
     assert report.verdicts(report.cells([row(us=None)]), "cpu")[0].passed is False
+
+
+def test_the_price_of_anti_aliasing():
+    """Of what three networks do at one site: the same work fused as unfused, and what is paid above the plain one."""
+    for stem in (False, True):
+        x = torch.randn(2, 4, 12, 12)
+        unfused, fused = (price.chain(variant, 4, stem, "cpu") for variant in ("unfused", "fused"))
+        torch.testing.assert_close(fused(x), unfused(x.clone()), rtol=1e-4, atol=1e-5)
+        assert price.chain("plain", 4, stem, "cpu")(x.clone()).shape[-1] == (6 if stem else 12)
+    times = {"plain": 2.0, "unfused": 8.0, "fused": 3.0}
+    rows = [
+        price.PriceRow("64@112", stem, "NCHW", "fp32", 8, v, t * (1 + stem), MACHINE)
+        for v, t in times.items()
+        for stem in (0, 1)
+    ]
+    assert [price.price(rows, v, True) for v in ("unfused", "fused")] == [12.0, 2.0]
+    assert [price.price(rows, v, False) for v in ("unfused", "fused")] == [6.0, 1.0]
+    assert report.price_table(rows).row_count == 2
