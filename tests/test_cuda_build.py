@@ -87,7 +87,10 @@ def compiled(tmp_path_factory) -> dict[str, tuple[Path, list[Kernel]]]:
 
 
 # How many kernels a source has, at least.
-@pytest.mark.parametrize(("source", "fewest"), [("blur_pool", 100), ("max_blur_pool", 24), ("channel_moments", 13)])
+@pytest.mark.parametrize(
+    ("source", "fewest"),
+    [("blur_pool", 100), ("max_blur_pool", 24), ("channel_moments", 13), ("adaptive_blur_pool", 57)],
+)
 def test_every_architecture_has_every_kernel(compiled, source, fewest):
     kernels = compiled[source][1]
     names = {arch: {k.name for k in kernels if k.architecture == arch} for arch in architectures()}
@@ -109,6 +112,10 @@ def test_kernels_with_a_prologue_leave_room(compiled):
 
 def test_kernels_of_moments_stay_in_registers(compiled):
     assert [k for k in compiled["channel_moments"][1] if k.stack or k.spills or k.registers > MOST_REGISTERS] == []
+
+
+def test_kernels_of_predicted_filters_stay_in_registers(compiled):
+    assert [k for k in compiled["adaptive_blur_pool"][1] if k.stack or k.spills or k.registers > MOST_REGISTERS] == []
 
 
 def widest(kernel: str) -> bool:
@@ -133,6 +140,17 @@ def test_packs_of_moments_are_read_16_bytes_at_once(compiled):
         loads = re.findall(r"LDG\S*", text)
         # Four on their way at once, and those left over one by one.
         assert len(loads) > 4 and all("128" in load for load in loads), name
+
+
+def test_packs_of_predicted_filters_move_16_bytes_at_once(compiled):
+    """Of NHWC all of x, y and their gradients; logits and theirs are numbers."""
+    code = functions(compiled["adaptive_blur_pool"][0])
+    packs = {name: text for name, text in code.items() if re.search(r"adaptive_(down|up|grad)I\w+?Li[48]ELb1E", name)}
+    assert len(packs) == 27
+    for name, text in packs.items():
+        assert "LDG.E.128" in text, name
+        assert ("STG.E.128" in text) == ("adaptive_grad" not in name), name
+        assert "LDL" not in text and "STL" not in text, name
 
 
 def test_tuned_kernels_move_16_bytes_at_once(compiled):

@@ -16,7 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize(("worker", "interpret"), [("interpret", "1"), ("compile", "0")])
+@pytest.mark.parametrize(("worker", "interpret"), [("interpret", "1"), ("interpret_adaptive", "1"), ("compile", "0")])
 def test_triton(worker, interpret, capfd):
     if importlib.util.find_spec("triton") is None:
         if os.environ.get("CI") == "true":

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from aliasfused import filters
+from aliasfused.kernels.triton import adaptive_blur_pool as adaptive
 from aliasfused.kernels.triton import blur_pool as ours
 from aliasfused.kernels.triton import channel_moments as moments
 from aliasfused.kernels.triton import max_blur_pool as steps
@@ -167,7 +168,7 @@ def test_gather(adjoint, learned):
 def launched(monkeypatch):
     """What would have been launched, as (kernel, arguments)."""
     calls = []
-    for module in (ours, moments, steps):
+    for module in (adaptive, ours, moments, steps):
         monkeypatch.setattr(
             module, "launch", lambda device, threads, kernel, _, arguments: calls.append((kernel, arguments))
         )
@@ -243,3 +244,26 @@ def test_moments_of_other_images(shape, cut, launched, tmp_path):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")[..., cut:]
     moments.channel_moments(x)
     assert_lean(compiled(*launched[0]), tmp_path, shared=8 * moments.THREADS * launched[0][1]["SPAN"])
+
+
+@LAYOUT
+@pytest.mark.parametrize("normalize", ["group", "joint"])
+@pytest.mark.parametrize("k", [3, 5])
+def test_predicted_filters(k, normalize, channels_last, launched, tmp_path):
+    """Nothing is spilled; where C is contiguous, whole vectors of it are loaded."""
+
+    def empty(channels, size):
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty((8, channels, size, size), dtype=torch.bfloat16, device="meta", memory_format=memory_format)
+
+    x, dy, logits, arguments = empty(64, 56), empty(64, 28), empty(8 * k * k, 28), (k, (2, 2), 8, normalize, "reflect")
+    adaptive.adaptive_blur_pool_fwd(x, logits, *arguments)
+    adaptive.adaptive_blur_pool_bwd(dy, logits, *arguments, 56, 56, channels_last)
+    adaptive.adaptive_blur_pool_logits_grad(dy, x, logits, *arguments)
+    assert len(launched) >= 3
+    binaries = [compiled(*call) for call in launched]
+    for binary in binaries:
+        assert_lean(binary, tmp_path, shared=48 << 10)
+    # Logits, of which there may be a kernel of their own, are numbers.
+    wide = [binary for binary in binaries if 16 in widths(binary, "ld")]
+    assert not channels_last or len(wide) >= 3
