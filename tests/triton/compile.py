@@ -246,24 +246,56 @@ def test_moments_of_other_images(shape, cut, launched, tmp_path):
     assert_lean(compiled(*launched[0]), tmp_path, shared=8 * moments.THREADS * launched[0][1]["SPAN"])
 
 
-@LAYOUT
-@pytest.mark.parametrize("normalize", ["group", "joint"])
-@pytest.mark.parametrize("k", [3, 5])
-def test_predicted_filters(k, normalize, channels_last, launched, tmp_path):
-    """Nothing is spilled; where C is contiguous, whole vectors of it are loaded."""
+def predicted(k, normalize, channels_last, dtype=torch.bfloat16, shape=(8, 64, 56, 56), groups=8, border="reflect"):
+    """Launch forward, backward and the gradient of the logits, of tensors without memory."""
 
-    def empty(channels, size):
+    def empty(channels, *size):
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty((8, channels, size, size), dtype=torch.bfloat16, device="meta", memory_format=memory_format)
+        return torch.empty((shape[0], channels, *size), dtype=dtype, device="meta", memory_format=memory_format)
 
-    x, dy, logits, arguments = empty(64, 56), empty(64, 28), empty(8 * k * k, 28), (k, (2, 2), 8, normalize, "reflect")
+    out = [-(-n // 2) for n in shape[2:]]
+    x, dy, logits = empty(*shape[1:]), empty(shape[1], *out), empty(groups * k * k, *out)
+    arguments = k, (2, 2), groups, normalize, border
     adaptive.adaptive_blur_pool_fwd(x, logits, *arguments)
-    adaptive.adaptive_blur_pool_bwd(dy, logits, *arguments, 56, 56, channels_last)
+    adaptive.adaptive_blur_pool_bwd(dy, logits, *arguments, *shape[2:], channels_last)
     adaptive.adaptive_blur_pool_logits_grad(dy, x, logits, *arguments)
-    assert len(launched) >= 3
-    binaries = [compiled(*call) for call in launched]
-    for binary in binaries:
-        assert_lean(binary, tmp_path, shared=48 << 10)
-    # Logits, of which there may be a kernel of their own, are numbers.
-    wide = [binary for binary in binaries if 16 in widths(binary, "ld")]
-    assert not channels_last or len(wide) >= 3
+
+
+@LAYOUT
+@pytest.mark.parametrize(
+    ("k", "dtype", "normalize"),
+    [
+        (3, torch.bfloat16, "group"),
+        (5, torch.bfloat16, "joint"),
+        (3, torch.float32, "joint"),
+        (5, torch.float32, "group"),
+    ],
+)
+def test_predicted_filters(k, dtype, normalize, channels_last, launched, tmp_path):
+    """Where C is contiguous, whole vectors of it are loaded and stored. Threads meet to learn whether a border is near."""
+    predicted(k, normalize, channels_last, dtype)
+    for kernel, arguments in launched:
+        binary = compiled(kernel, arguments)
+        assert_lean(binary, tmp_path, shared=16 if kernel is adaptive.backward else 0)
+        if kernel in (adaptive.forward, adaptive.backward):
+            assert widths(binary, "st") == ({16} if channels_last else {dtype.itemsize})
+        # The rest are logits, and what there is for each softmax.
+        wide = channels_last and kernel is not adaptive.softmaxes
+        assert widths(binary, "ld") <= {dtype.itemsize, 4} | ({16} if wide else set())
+        assert not wide or 16 in widths(binary, "ld")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(k=7, normalize="group", channels_last=True, dtype=torch.float64, border="zeros"),
+        dict(k=9, normalize="joint", channels_last=False, shape=(3, 1, 5, 1), groups=1),
+        dict(k=3, normalize="none", channels_last=True, shape=(2, 15, 9, 9), groups=5, border="circular"),
+        dict(k=3, normalize="group", channels_last=False, shape=(2**31, 2, 3, 3), groups=2, border="replicate"),
+    ],
+    ids=["long", "strides of one", "odd", "wide"],
+)
+def test_other_predicted_filters(changes, launched):
+    predicted(**changes)
+    for call in launched:
+        compiled(*call)

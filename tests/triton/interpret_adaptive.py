@@ -86,14 +86,15 @@ def test_results(dtype, layout, case):
 def test_several_programs(layout, monkeypatch):
     """Tiles that end amid an image, and others beyond the last one; the same bits each time."""
     monkeypatch.setattr(ours, "THREADS", 32)
-    case = AdaptiveCase("", (3, 70), 3, (2, 2), 2, "joint", batch=1, channels=20)
+    case = AdaptiveCase("", (2, 40), 3, (2, 2), 2, "joint", batch=1, channels=2)
     if layout == "nhwc":
-        case = AdaptiveCase("", (5, 5), 3, (2, 2), 34, "group", batch=1, channels=34)
+        case = AdaptiveCase("", (2, 3), 3, (2, 2), 34, "group", batch=1, channels=34)
     inputs = tensors(case, FP32, layout)
     for first, second in zip(check(*inputs, case), run(*inputs, case), strict=True):
         assert torch.equal(first, second)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_far_logits():
     """What has no weight adds nothing; where no filter is left there is nan."""
     case = AdaptiveCase("", (2, 3), groups=1, stride=(1, 1), batch=1, channels=2)
@@ -122,7 +123,7 @@ def test_beyond_32_bit_addresses():
 def test_empty(shape):
     case = AdaptiveCase("", shape[2:], groups=1, batch=shape[0], channels=shape[1])
     for result in run(*tensors(case, FP32, "nchw"), case):
-        assert result.numel() == 0 or not result.any()
+        assert not result.any()
 
 
 def test_through_the_public_function():

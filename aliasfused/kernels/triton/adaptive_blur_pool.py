@@ -70,6 +70,7 @@ def forward(
     Y_ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y."""
+    AT_ONCE: tl.constexpr = FILTER.at_once
     n, column, h, w, inside = place(total, columns, out_height, out_width, LAYOUT.channels_last, 1, ROWS, COLS, WIDE)
     group, first, left = chunk_of(column, per, each, LAYOUT)
     source_map = Map(x, x_strides, height, width)
@@ -77,8 +78,8 @@ def forward(
         logits, most, scale, n, group, h, w, inside, logits_strides, table_strides, FILTER, ACC
     )
     result = zeros(inside, LAYOUT, ACC)
-    for begin in range(0, FILTER.k * FILTER.k, FILTER.at_once):
-        for i in tl.static_range(FILTER.at_once):
+    for begin in range(0, FILTER.k * FILTER.k, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
             pixel = shown(source_map, n, first, h, w, begin + i, left, inside, FILTER, LAYOUT, X_ALIGN, ACC)
             w_t = weight(logit + ahead_of(begin + i, logits_strides[1]), maximum, rate, inside, FILTER, ACC)
             result += deep(w_t, LAYOUT) * pixel
@@ -157,16 +158,18 @@ def correlations(
     FILTER: tl.constexpr, LAYOUT: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dw of the taps from ``begin`` on, as a tuple."""
+    AT_ONCE: tl.constexpr = FILTER.at_once
+    AXIS: tl.constexpr = 2 if LAYOUT.channels_last else 0
     totals = ()
-    for _ in tl.static_range(FILTER.at_once):
+    for _ in tl.static_range(AT_ONCE):
         totals = totals + (tl.zeros(inside.shape, ACC),)
     for chunk in range(per):
         first, left = group * each + chunk * LAYOUT.span, tl.full(inside.shape, each - chunk * LAYOUT.span, tl.int32)
         results = load(dy, n, first, h, w, left, inside, LAYOUT, Y_ALIGN, ACC)
         sums = ()
-        for i in tl.static_range(FILTER.at_once):
+        for i in tl.static_range(AT_ONCE):
             pixel = shown(x, n, first, h, w, begin + i, left, inside, FILTER, LAYOUT, X_ALIGN, ACC)
-            sums = sums + (totals[i] + tl.sum(results * pixel, axis=2 if LAYOUT.channels_last else 0),)
+            sums = sums + (totals[i] + tl.sum(results * pixel, axis=AXIS),)
         totals = sums
     return totals
 
@@ -179,21 +182,22 @@ def logits_gradient(
 ):  # fmt: skip
     """dlogits, with the mean of a group's own taps where none is given; where there is no dst, the group's part of the mean."""
     TAPS: tl.constexpr = FILTER.k * FILTER.k
+    AT_ONCE: tl.constexpr = FILTER.at_once
     n, group, h, w, inside = place(total, columns, out_height, out_width, LAYOUT.channels_last, 1, ROWS, COLS, WIDE)
     images, results = Map(x, x_strides, height, width), Map(dy, y_strides, out_height, out_width)
     logit, maximum, rate = filters_at(
         logits, most, scale, n, group, h, w, inside, logits_strides, table_strides, FILTER, ACC
     )
-    if FILTER.at_once == TAPS:
+    if AT_ONCE == TAPS:
         dw = correlations(images, results, n, group, h, w, 0, per, each, inside, FILTER, LAYOUT, X_ALIGN, Y_ALIGN, ACC)
     own = tl.zeros(inside.shape, ACC)
     if FILTER.softmax and (mean is None or dst is None):
-        for begin in range(0, TAPS, FILTER.at_once):
-            if FILTER.at_once < TAPS:
+        for begin in range(0, TAPS, AT_ONCE):
+            if AT_ONCE < TAPS:
                 dw = correlations(
                     images, results, n, group, h, w, begin, per, each, inside, FILTER, LAYOUT, X_ALIGN, Y_ALIGN, ACC
                 )
-            for i in tl.static_range(FILTER.at_once):
+            for i in tl.static_range(AT_ONCE):
                 own += (
                     weight(logit + ahead_of(begin + i, logits_strides[1]), maximum, rate, inside, FILTER, ACC) * dw[i]
                 )
@@ -203,12 +207,12 @@ def logits_gradient(
         if mean is not None:
             own = tl.load(mean + at(n, group, h, w, mean_strides), mask=inside, other=0.0)
         row = dst + at(n, group * TAPS, h, w, dst_strides)
-        for begin in range(0, TAPS, FILTER.at_once):
-            if FILTER.at_once < TAPS:
+        for begin in range(0, TAPS, AT_ONCE):
+            if AT_ONCE < TAPS:
                 dw = correlations(
                     images, results, n, group, h, w, begin, per, each, inside, FILTER, LAYOUT, X_ALIGN, Y_ALIGN, ACC
                 )
-            for i in tl.static_range(FILTER.at_once):
+            for i in tl.static_range(AT_ONCE):
                 value = dw[i]
                 if FILTER.softmax:
                     w_t = weight(logit + ahead_of(begin + i, logits_strides[1]), maximum, rate, inside, FILTER, ACC)

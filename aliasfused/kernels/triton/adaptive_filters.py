@@ -65,10 +65,13 @@ def deep(t, LAYOUT: tl.constexpr):
 @triton.jit
 def zeros(inside, LAYOUT: tl.constexpr, ACC: tl.constexpr):
     """Of every channel of a tile."""
+    ROWS: tl.constexpr = inside.shape[0]
+    COLS: tl.constexpr = inside.shape[1]
+    SPAN: tl.constexpr = LAYOUT.span
     if LAYOUT.channels_last:
-        return tl.zeros((inside.shape[0], inside.shape[1], LAYOUT.span), ACC)
+        return tl.zeros((ROWS, COLS, SPAN), ACC)
     else:
-        return tl.zeros((LAYOUT.span, inside.shape[0], inside.shape[1]), ACC)
+        return tl.zeros((SPAN, ROWS, COLS), ACC)
 
 
 @triton.jit
