@@ -20,6 +20,7 @@ from agreement import assert_agree, bound
 from aliasfused.compat.antialiased_cnns import BlurPool
 from aliasfused.nn import BlurPool2d
 from aliasfused.surgery.fuse import Absorbed, Fused
+from bench.models import antialiased_resnet, pools_blurred
 
 timm = pytest.importorskip("timm", reason="timm is a library whose models are accelerated")
 torchvision = pytest.importorskip("torchvision", reason="torchvision is what antialiased-cnns' models are made of")
@@ -140,21 +141,10 @@ def test_features_that_a_model_gives_out_stay():
 
 
 def zhang_resnet(block: type[nn.Module], pool_only: bool = True) -> nn.Module:
-    """antialiased-cnns' topology, of torchvision's parts."""
+    """antialiased-cnns' topology, with one block a stage."""
     slim = {"width_per_group": 16} if block is torchvision.models.resnet.Bottleneck else {}
     model = torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=5, **slim)
-    model.maxpool = nn.Sequential(nn.MaxPool2d(2, 1), BlurPool(64))
-    if not pool_only:
-        model.conv1.stride, model.maxpool = (1, 1), nn.Sequential(BlurPool(64), nn.MaxPool2d(2, 1), BlurPool(64))
-    for layer in (model.layer2, model.layer3, model.layer4):
-        first, conv = layer[0], "conv3" if hasattr(layer[0], "conv3") else "conv2"
-        (first.conv2 if conv == "conv3" else first.conv1).stride = (1, 1)
-        last = getattr(first, conv)
-        setattr(first, conv, nn.Sequential(BlurPool(last.in_channels, stride=2), last))
-        shortcut, norm = first.downsample
-        shortcut.stride = (1, 1)
-        first.downsample = nn.Sequential(BlurPool(shortcut.in_channels, stride=2), shortcut, norm)
-    return model
+    return antialiased_resnet(model, BlurPool, pool_only)
 
 
 @pytest.mark.parametrize("pool_only", [True, False])
@@ -179,21 +169,13 @@ def test_zhangs_resnets(block, norm, pool_only):
     assert isinstance(model.layer2[0], block) and type(model.layer2[0].relu) is nn.ReLU
 
 
-def pools_blurred(layers, size: int) -> nn.Sequential:
-    """Every maximum taken densely, and a blur of the channels before it."""
-    made: list[nn.Module] = []
-    for layer in layers:
-        if isinstance(layer, nn.MaxPool2d):
-            channels = next(conv.out_channels for conv in reversed(made) if isinstance(conv, nn.Conv2d))
-            made += [nn.MaxPool2d(size, 1), BlurPool(channels, filt_size=3)]
-        else:
-            made.append(layer)
-    return nn.Sequential(*made)
+def blurred3(channels: int) -> nn.Module:
+    return BlurPool(channels, filt_size=3)
 
 
 @pytest.mark.parametrize(("name", "layers", "steps"), [("vgg11", 11, 2), ("vgg11_bn", 15, 3)])
 def test_zhangs_vggs(name, layers, steps):
-    features = pools_blurred(getattr(torchvision.models, name)().features[:layers], 2)
+    features = pools_blurred(getattr(torchvision.models, name)().features[:layers], 2, blurred3)
     report = check(features, torch.randn(2, 3, 33, 32, dtype=torch.float64))
     assert [len(row.absorbed) for row in report] == [steps] * 3
 
@@ -226,7 +208,7 @@ def test_zhangs_alexnet():
     """The first blur comes after a ReLU, the second after a maximum of the first."""
     first, *rest = torchvision.models.alexnet().features
     first.stride = (2, 2)
-    model = pools_blurred([first, rest[0], BlurPool(64), *rest[1:5]], 3)
+    model = pools_blurred([first, rest[0], BlurPool(64), *rest[1:5]], 3, blurred3)
     report = check(model, torch.randn(2, 3, 63, 64, dtype=torch.float64))
     assert [row.absorbed for row in report] == [("1",), ("3",), ("6", "7")]
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import aliasfused
 from agreement import assert_agree, bound, pascal
+from bench import models
 
 timm = pytest.importorskip("timm", reason="timm is a library whose models are accelerated")
 kornia = pytest.importorskip("kornia", reason="kornia is a library whose modules are accelerated")
@@ -433,33 +434,12 @@ def test_accelerating_draws_no_random_number():
 # --- predicted filters ---------------------------------------------------------------------------------------------------
 
 
-class Released(torch.nn.Module):
-    """As Adaptive-anti-Aliasing has it: the same children and attributes, every position's window unfolded."""
-
-    def __init__(self, channels, kernel_size=3, stride=2, group=2):
-        super().__init__()
-        self.pad, self.stride = torch.nn.ReflectionPad2d(kernel_size // 2), stride
-        self.kernel_size, self.group = kernel_size, group
-        self.conv = torch.nn.Conv2d(channels, group * kernel_size**2, kernel_size, bias=False)
-        self.bn = torch.nn.BatchNorm2d(group * kernel_size**2)
-        self.softmax = torch.nn.Softmax(dim=1)
-
-    def forward(self, x):
-        w = self.softmax(self.bn(self.conv(self.pad(x))))
-        (n, c, h, width), k = x.shape, self.kernel_size**2
-        windows = torch.nn.functional.unfold(self.pad(x), self.kernel_size).view(
-            n, self.group, c // self.group, k, h, width
-        )
-        y = (windows * w.view(n, self.group, 1, k, h, width)).sum(3).view(x.shape)
-        return y[:, :, :: self.stride, :: self.stride]
-
-
 @pytest.mark.parametrize("group", [1, 2])
 def test_released_layers_with_predicted_filters(group):
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), Released(4, group=group)).double()
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), models.Released(4, group=group)).double()
     before, x = copy.deepcopy(model), torch.randn(2, 3, 11, 12, dtype=torch.float64)
-    (row,) = aliasfused.accelerate(model, also={f"{__name__}.Released": "adaptive"})
+    (row,) = aliasfused.accelerate(model, also=models.ALSO)
     assert (row.action, row.reason) == ("fused", "")
     assert type(model[1]) is aliasfused.compat.adaptive.Downsample_PASA_group_softmax
     for training in (True, False):
@@ -471,11 +451,11 @@ def test_released_layers_with_predicted_filters(group):
 
 
 def test_predicted_filters_otherwise_used_are_left():
-    class Other(Released):
+    class Other(models.Released):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    model = torch.nn.Sequential(Other(4))
+    model = torch.nn.Sequential(Other(4, group=2))
     name = f"{Other.__module__}.{Other.__qualname__}"
     (row,) = aliasfused.accelerate(model, also={name: "adaptive"})
     assert row.action == "left" and "of the fused form differs" in row.reason and type(model[0]) is Other
