@@ -25,7 +25,7 @@ class BlurPool(nn.Module):
     def __init__(self, channels: int, filt_size: int = 4, stride: int = 2) -> None:
         super().__init__()
         self.channels, self.filt_size, self.stride = channels, filt_size, stride
-        self.pad = nn.ReflectionPad2d([(filt_size - 1) // 2, filt_size // 2] * 2)
+        self.pad = nn.ReflectionPad2d(((filt_size - 1) // 2, filt_size // 2) * 2)
         row = torch.tensor(filters.binomial(filt_size), dtype=torch.float64)
         self.register_buffer("filt", torch.outer(row, row).to(torch.get_default_dtype()).repeat(channels, 1, 1, 1))
 
@@ -73,7 +73,7 @@ def antialiased_resnet(model: Any, blur: Blur = BlurPool, pool_only: bool = True
         shortcut, norm = first.downsample
         shortcut.stride = (1, 1)
         first.downsample = nn.Sequential(blur(shortcut.in_channels), shortcut, norm)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def pools_blurred(layers: Iterable[nn.Module], size: int = 2, blur: Blur = BlurPool) -> nn.Sequential:
@@ -91,4 +91,4 @@ def pools_blurred(layers: Iterable[nn.Module], size: int = 2, blur: Blur = BlurP
 def antialiased_vgg(model: Any, blur: Blur = BlurPool) -> nn.Module:
     """Zhang's topology of one of torchvision's VGGs, of its own parts."""
     model.features = pools_blurred(model.features, blur=blur)
-    return model  # type: ignore[no-any-return]
+    return model

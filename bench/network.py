@@ -1,12 +1,12 @@
-"""A real network on real photographs, before and after ``aliasfused.accelerate``."""
+"""Real networks on real photographs: strided, with blurs as their libraries have them, and after ``aliasfused.accelerate``."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from torch import nn
 
 import aliasfused
 
+from .models import ALSO, Released, antialiased_resnet, antialiased_vgg
 from .peers import Absent, optional
 from .rows import Machine
-from .timing import Call, CallClock, Clock, Turn, WallClock, interleave, peak_bytes
+from .timing import Call, CallClock, Clock, Turn, WallClock, interleave, kept_bytes, peak_bytes
 
-MODEL = "resnetblur50"
-KINDS = (("eager", "before"), ("eager", "after"), ("compiled", "before"), ("compiled", "after"))
+VARIANTS = ("plain", "unfused", "accelerated")
+MODES = ("eager", "compiled")
+KINDS = tuple(itertools.product(MODES, VARIANTS))
 SIZE = 224
 BATCH = {"cpu": 4, "cuda": 64}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -30,19 +32,57 @@ FORMAT = {"cpu": torch.contiguous_format, "cuda": torch.channels_last}
 
 
 @dataclass(frozen=True)
+class Network:
+    """A strided network, and what makes an anti-aliased one of its parts."""
+
+    plain: Callable[[], nn.Module]
+    blurred: Callable[[nn.Module], nn.Module]
+
+
+def _timm_resnet(name: str = "resnet50") -> nn.Module:
+    # Residual branches are not silenced, or most blurs would not reach the output.
+    return optional("timm").create_model(name, zero_init_last=False)
+
+
+def _timm_blurred(plain: nn.Module) -> nn.Module:
+    model = _timm_resnet("resnetblur50")
+    model.load_state_dict(plain.state_dict())
+    return model
+
+
+def _torchvision(name: str) -> nn.Module:
+    optional("torchvision")
+    return getattr(importlib.import_module("torchvision.models"), name)()
+
+
+NETWORKS = {
+    "resnetblur50": Network(_timm_resnet, _timm_blurred),
+    "antialiased_resnet50": Network(functools.partial(_torchvision, "resnet50"), antialiased_resnet),
+    "antialiased_vgg16_bn": Network(functools.partial(_torchvision, "vgg16_bn"), antialiased_vgg),
+    "adaptive_resnet50": Network(
+        functools.partial(_torchvision, "resnet50"), functools.partial(antialiased_resnet, blur=Released)
+    ),
+}
+QUICK = ("resnetblur50",)
+
+
+@dataclass(frozen=True)
 class NetworkRow:
-    """One network, before or after, eager or compiled."""
+    """One network in one variant, eager or compiled."""
 
     model: str
     photographs: int
     dtype: str
     mode: str  # eager, compiled
-    variant: str  # before, after
+    variant: str  # plain, unfused, accelerated
     status: str
     images_per_s: float | None
     step_ms: float | None  # forward, backward and SGD, of one batch
     peak_bytes: int | None  # allocated during one such step, above what was held before
-    difference: float | None  # largest, of the outputs from those of `before`, relative to the largest output
+    kept_bytes: int | None  # by its forward for its backward, without parameters and buffers
+    difference: (
+        float | None
+    )  # largest, of the outputs from the unfused eager ones, relative to the largest; not of plain
     machine: Machine
 
 
@@ -75,13 +115,6 @@ def _pictures() -> Iterator[Any]:
             yield io.imread(Path(str(data.__file__)).parent / name)
 
 
-def build(device: str) -> nn.Module:
-    """The network with random weights; residual branches are not silenced, or most blurs would not reach the output."""
-    torch.manual_seed(0)
-    model: nn.Module = optional("timm").create_model(MODEL, zero_init_last=False)
-    return model.to(device, DTYPE[device], memory_format=FORMAT[device])  # type: ignore[call-overload]
-
-
 def calibrate(model: nn.Module, x: torch.Tensor) -> None:
     """Random weights come with no statistics: batch norms take those of the batch."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -94,7 +127,7 @@ def calibrate(model: nn.Module, x: torch.Tensor) -> None:
 
 
 class Variant:
-    """One network, ready to infer and to train."""
+    """One network, ready to infer and to train. Eager and compiled ones may be of the same model."""
 
     def __init__(self, model: nn.Module, x: torch.Tensor, mode: str) -> None:
         self.model, self.x = model, x
@@ -118,87 +151,100 @@ class Variant:
         self.model.train()
         return self.step
 
+    def loss(self) -> torch.Tensor:
+        return F.cross_entropy(self.run(self.x).float(), self.target)
+
     def step(self) -> None:
-        loss = F.cross_entropy(self.run(self.x).float(), self.target)
-        loss.backward()
+        self.loss().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def kept_bytes(self) -> int:
+        self.training()
+        return kept_bytes(self.loss, held=(*self.model.parameters(), *self.model.buffers()))
 
 
 def inputs(device: str) -> torch.Tensor:
     return photographs(BATCH[device]).to(device, DTYPE[device]).contiguous(memory_format=FORMAT[device])
 
 
-def variants(device: str, x: torch.Tensor) -> dict[tuple[str, str], Variant]:
-    """(mode, variant): before and after, eager and compiled, all from the same weights."""
-    original = build(device)
-    calibrate(original, x)
-    result = {}
-    for mode, variant in KINDS:
-        model = copy.deepcopy(original)
-        if variant == "after":
-            report = aliasfused.accelerate(model)
-            if any(row.action != "fused" for row in report):
-                raise RuntimeError(f"accelerate left blurs as they were:\n{report}")
-        result[mode, variant] = Variant(model, x, mode)
-    return result
+def build(name: str, variant: str, x: torch.Tensor, device: str) -> nn.Module:
+    """One variant of a network; the random weights are the same in all of them."""
+    torch.manual_seed(0)
+    model = NETWORKS[name].plain()
+    if variant != "plain":
+        model = NETWORKS[name].blurred(model)
+    model.to(device, DTYPE[device], memory_format=FORMAT[device])  # type: ignore[call-overload]
+    calibrate(model, x)
+    if variant == "accelerated":
+        report = aliasfused.accelerate(model, also=ALSO)
+        if any(row.action != "fused" for row in report):
+            raise RuntimeError(f"accelerate left blurs as they were:\n{report}")
+    return model
 
 
-def warm(device: str, threads: int, variant: str, training: bool) -> None:
+def warm(name: str, device: str, threads: int, variant: str, training: bool) -> None:
     """Fill the compiler's cache on disk; called in processes of its own, as compiling takes longer than measuring."""
     torch.set_num_threads(threads)
-    # Only the kind asked for is run; that compilation is lazy makes the rest free.
-    chosen = variants(device, inputs(device))["compiled", variant]
+    x = inputs(device)
+    chosen = Variant(build(name, variant, x, device), x, "compiled")
     (chosen.training() if training else chosen.inference())()
 
 
-def compilations(device: str, threads: int) -> list[Callable[[], None]]:
+def compilations(names: Iterable[str], device: str, threads: int) -> list[Callable[[], None]]:
     """The compiled networks as jobs for other processes, the longest first."""
-    kinds = ((variant, training) for training in (True, False) for variant in ("before", "after"))
-    return [functools.partial(warm, device, threads, variant, training) for variant, training in kinds]
+    kinds = itertools.product((True, False), names, VARIANTS)
+    return [functools.partial(warm, name, device, threads, variant, training) for training, name, variant in kinds]
 
 
 def measure(
-    device: str, machine: Machine, backend: str, seconds: float, step: Callable[[str], None]
+    names: Iterable[str], device: str, machine: Machine, backend: str, seconds: float, step: Callable[[str], None]
 ) -> list[NetworkRow]:
     """Time inference and training steps of all kinds in turns; ``step`` is told what begins."""
-    name = str(DTYPE[device]).removeprefix("torch.")
-    try:
-        for b in aliasfused.backends():
-            if (b.name, b.device) == (backend, device) and not b.available:
-                raise Absent(b.reason)
-        with aliasfused.use_backend(backend):
-            return _measure(device, machine, seconds, step, name)
-    except Absent as error:
-        return [NetworkRow(MODEL, 0, name, "", "", f"absent: {error}", None, None, None, None, machine)]
+    dtype = str(DTYPE[device]).removeprefix("torch.")
+    rows = []
+    for name in names:
+        try:
+            for b in aliasfused.backends():
+                if (b.name, b.device) == (backend, device) and not b.available:
+                    raise Absent(b.reason)
+            with aliasfused.use_backend(backend):
+                rows += _measure(name, device, machine, seconds, step, dtype)
+        except Absent as error:
+            rows.append(
+                NetworkRow(name, 0, dtype, "", "", f"absent: {error}", None, None, None, None, None, machine=machine)
+            )
+    return rows
 
 
-def _measure(device: str, machine: Machine, seconds: float, step: Callable[[str], None], name: str) -> list[NetworkRow]:
+def _measure(
+    name: str, device: str, machine: Machine, seconds: float, step: Callable[[str], None], dtype: str
+) -> list[NetworkRow]:
+    step(f"{name}: inference")
+    torch.compiler.reset()
     x = inputs(device)
-    kinds = variants(device, x)
+    models = {variant: build(name, variant, x, device) for variant in VARIANTS}
+    kinds = {(mode, variant): Variant(models[variant], x, mode) for mode, variant in KINDS}
     clock: Clock = WallClock() if device == "cpu" else CallClock(calls=3)
-    step("inference")
     outputs = {kind: variant.outputs() for kind, variant in kinds.items()}
     infer = interleave([Turn(clock.prepare(variant.inference)) for variant in kinds.values()], seconds, rounds=4)
-    step("training")
+    step(f"{name}: training")
     train = interleave([Turn(clock.prepare(variant.training)) for variant in kinds.values()], seconds, rounds=4)
-    step("memory")
-    rows = []
-    for (mode, variant), inferred, trained in zip(KINDS, infer, train, strict=True):
-        truth = outputs[mode, "before"]
-        rows.append(
-            NetworkRow(
-                MODEL,
-                len(x),
-                name,
-                mode,
-                variant,
-                "ok",
-                images_per_s=len(x) / inferred.min_us * 1e6,
-                step_ms=trained.min_us * 1e-3,
-                peak_bytes=peak_bytes(kinds[mode, variant].training(), device),
-                difference=float((outputs[mode, variant] - truth).abs().max() / truth.abs().max()),
-                machine=machine,
-            )
+    step(f"{name}: memory")
+    truth = outputs["eager", "unfused"]
+    return [
+        NetworkRow(
+            name,
+            len(x),
+            dtype,
+            *kind,
+            "ok",
+            images_per_s=len(x) / inferred.min_us * 1e6,
+            step_ms=trained.min_us * 1e-3,
+            peak_bytes=peak_bytes(kinds[kind].training(), device),
+            kept_bytes=kinds[kind].kept_bytes(),
+            difference=None if "plain" in kind else float((outputs[kind] - truth).abs().max() / truth.abs().max()),
+            machine=machine,
         )
-    return rows
+        for kind, inferred, trained in zip(KINDS, infer, train, strict=True)
+    ]

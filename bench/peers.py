@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import aliasfused
+from aliasfused.ops.adaptive_blur_pool import Normalize
 
 from .cases import DTYPES, FORMATS, GROUPS, Case, compiled_peers
+from .models import weigh_windows
 
 Op = Callable[[torch.Tensor], torch.Tensor]
 Role = Literal["ours", "peer", "yardstick"]
@@ -137,21 +139,6 @@ def _pad_conv(case: Case, device: str) -> Op:
     return pad_conv
 
 
-def unfused_blur(k: int) -> nn.Module:
-    """Padding and convolution at stride 2, of any number of channels and dtype."""
-
-    class Blur(nn.Module):
-        weight: torch.Tensor | None = None
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if self.weight is None:
-                row = torch.tensor(aliasfused.filters.binomial(k), dtype=torch.float64)
-                self.weight = torch.outer(row, row).to(x.device, x.dtype).repeat(x.shape[1], 1, 1, 1)
-            return F.conv2d(F.pad(x, _padding(k), mode="reflect"), self.weight, stride=2, groups=x.shape[1])
-
-    return Blur()
-
-
 def _slices(case: Case, device: str) -> Op:
     """The sum of shifted strided slices, one axis after the other: the form the compiler fuses best."""
     taps, padding, stride = aliasfused.filters.binomial(case.k), _padding(case.k), case.stride
@@ -210,59 +197,61 @@ def _stem(x: torch.Tensor) -> torch.Tensor:
     return F.max_pool2d(F.relu(x), 3, 1, 1)
 
 
-class _Adaptive(nn.Module):
-    """A blur by predicted filters, with the logits that it learns."""
+class Adaptive(nn.Module):
+    """A blur by predicted filters, with the logits that it learns.
 
-    def __init__(self, case: Case, device: str) -> None:
+    They are there at the kept positions, or everywhere, as the released predictor makes them.
+    """
+
+    def __init__(self, case: Case, device: str, logits: str = "kept", normalize: Normalize = "group") -> None:
         super().__init__()
-        out = -(-case.size // case.stride)
-        shape = (case.batch, GROUPS[case.op] * case.k**2, out, out)
+        shape = (case.batch, GROUPS[case.op] * case.k**2, case.size, case.size)
         # Eighths, which every dtype holds: all contenders are given the same.
         values = torch.randn(shape, generator=torch.Generator().manual_seed(2)).mul(8).round().div(8)
+        values = values if logits == "everywhere" else values[:, :, :: case.stride, :: case.stride]
         values = values.to(device, DTYPES[case.dtype]).contiguous(memory_format=FORMATS[case.layout])
         self.logits = nn.Parameter(values)
-        self.k, self.stride, self.groups = case.k, case.stride, GROUPS[case.op]
+        self.k, self.stride, self.groups, self.normalize = case.k, case.stride, GROUPS[case.op], normalize
 
-    def filters(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x with its border, weights per group and tap at every kept position, and x in groups."""
-        logits = self.logits[: len(x)]
-        weights = logits.unflatten(1, (self.groups, self.k**2)).softmax(2)
-        return F.pad(x, [self.k // 2] * 4, mode="reflect"), weights, x.unflatten(1, (self.groups, -1))
+    def padded(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, [self.k // 2] * 4, mode="reflect")
 
 
-class _FusedAdaptive(_Adaptive):
+class FusedAdaptive(Adaptive):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return aliasfused.adaptive_blur_pool2d(x, self.logits[: len(x)], self.k, self.stride, self.groups)
+        logits, geometry = self.logits[: len(x)], (self.k, self.stride, self.groups)
+        return aliasfused.adaptive_blur_pool2d(x, logits, *geometry, normalize=self.normalize)
 
 
-class _UnfoldedAdaptive(_Adaptive):
-    """As it is released: windows unfolded and weighed at every position, of which a few are kept."""
+class ReleasedAdaptive(Adaptive):
+    def __init__(self, case: Case, device: str) -> None:
+        super().__init__(case, device, **_released(case))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded, weights, grouped = self.filters(x)
-        n, g, c, h, w = grouped.shape
-        everywhere = weights.repeat_interleave(self.stride, -1).repeat_interleave(self.stride, -2)[..., :h, :w]
-        windows = F.unfold(padded, self.k).view(n, g, c, self.k**2, h, w)
-        y = (windows * everywhere.unsqueeze(2)).sum(3).view(n, g * c, h, w)
-        return y[:, :, :: self.stride, :: self.stride]
+        return weigh_windows(self.padded(x), self.logits[: len(x)], self.k, self.stride, self.groups)
 
 
-class _SlicedAdaptive(_Adaptive):
+def _released(case: Case) -> dict[str, Any]:
+    return {"logits": "everywhere", "normalize": "joint"}
+
+
+class _SlicedAdaptive(Adaptive):
     """Shifted slices times weights, at the kept positions alone."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded, weights, _ = self.filters(x)
-        padded, s = padded.unflatten(1, (self.groups, -1)), self.stride
+        weights = self.logits[: len(x)].unflatten(1, (self.groups, self.k**2)).softmax(2)
+        padded, s = self.padded(x).unflatten(1, (self.groups, -1)), self.stride
         h, w = (s * (n - 1) + 1 for n in weights.shape[-2:])
         taps = ((t, *divmod(t, self.k)) for t in range(self.k**2))
         return sum(weights[:, :, None, t] * padded[..., p : p + h : s, q : q + w : s] for t, p, q in taps).flatten(1, 2)
 
 
+RELEASED = Contender("released", "peer", ReleasedAdaptive, _released)
 _ADAPTIVE = (
     Contender("slices", "peer", _SlicedAdaptive),
-    Contender("unfold", "peer", _UnfoldedAdaptive),
+    RELEASED,
     Contender("slices compiled", "peer", _compiled(_SlicedAdaptive), compiled=True),
-    Contender("unfold compiled", "peer", _compiled(_UnfoldedAdaptive), compiled=True),
+    Contender("released compiled", "peer", _compiled(ReleasedAdaptive), _released, compiled=True),
 )
 PEERS: dict[str, tuple[Contender, ...]] = {
     "blur_pool": (
@@ -284,7 +273,7 @@ OURS: dict[str, Callable[..., Op]] = {
     "max_blur_pool": _max_blur_pool,
     "stem_blur_pool": _stem_blur_pool,
     "bn_act_blur_pool": _bn_act_blur_pool,
-    **dict.fromkeys(GROUPS, _FusedAdaptive),
+    **dict.fromkeys(GROUPS, FusedAdaptive),
 }
 TRUTH: dict[str, Callable[[Case, str], Op]] = {
     "blur_pool": _pad_conv,

@@ -10,7 +10,7 @@ and the same of the stem, whose maximum strides in one and is dense in the other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,9 +20,9 @@ from torch import nn
 import aliasfused
 
 from .cases import DTYPES, FORMATS, Layout
-from .peers import unfused_blur
+from .models import BlurPool
 from .rows import Machine
-from .timing import Call, GraphClock, Turn, WallClock, interleave
+from .timing import GraphClock, Turn, WallClock, interleave, training
 
 Variant = Literal["plain", "unfused", "fused"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -45,8 +45,8 @@ class PriceRow:
     machine: Machine
 
 
-def chain(variant: Variant, channels: int, stem: bool, device: str) -> nn.Module:
-    """What stands between two convolutions, in training."""
+def chain(variant: Variant, channels: int, stem: bool, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """What stands between two convolutions, in training; batch norms are in float32, as under autocast."""
     if variant == "fused":
         maximum = dict(max_kernel_size=3, max_padding=1) if stem else {}
         return aliasfused.nn.BNActBlurPool2d(channels, "relu", 3, device=device, **maximum)  # type: ignore[arg-type]
@@ -54,21 +54,8 @@ def chain(variant: Variant, channels: int, stem: bool, device: str) -> nn.Module
     if stem:
         steps.append(nn.MaxPool2d(3, 2 if variant == "plain" else 1, 1))
     if variant == "unfused":
-        steps.append(unfused_blur(3))
+        steps.append(BlurPool(channels, 3).to(device, dtype))
     return nn.Sequential(*steps)
-
-
-def work(module: nn.Module, x: torch.Tensor) -> Call:
-    """One forward and backward, with the gradients of x and of the parameters."""
-    x = x.requires_grad_()
-    wanted = (x, *module.parameters())
-    with torch.no_grad():
-        dy = torch.randn_like(module(x))
-
-    def step() -> object:
-        return torch.autograd.grad(module(x), wanted, dy)
-
-    return step
 
 
 def measure(device: str, machine: Machine, seconds: float, step: Callable[[str], None]) -> list[PriceRow]:
@@ -84,8 +71,8 @@ def measure(device: str, machine: Machine, seconds: float, step: Callable[[str],
                     small = size // 2 if variant == "plain" and not stem else size
                     x = torch.randn(BATCH[device], channels, small, small, device=device).to(DTYPES[dtype])
                     x = x.contiguous(memory_format=FORMATS[layout])
-                    module = chain(variant, channels, stem, device)
-                    turns.append(Turn(clock.prepare(lambda module=module, x=x: work(module, x))))  # type: ignore[misc]
+                    module = chain(variant, channels, stem, device, DTYPES[dtype])
+                    turns.append(Turn(clock.prepare(lambda module=module, x=x: training(module, x))))  # type: ignore[misc]
                 for variant, sample in zip(VARIANTS, interleave(turns, seconds), strict=True):
                     site = f"{channels}@{size}"
                     rows.append(PriceRow(site, stem, layout, dtype, BATCH[device], variant, sample.min_us, machine))
@@ -96,3 +83,9 @@ def price(rows: list[PriceRow], variant: Variant, stem: bool) -> float:
     """Microseconds more than the plain network's."""
     time = {v: sum(row.min_us for row in rows if row.variant == v and row.stem == stem) for v in VARIANTS}
     return time[variant] - time["plain"]
+
+
+def prices(rows: Sequence[PriceRow]) -> Iterator[tuple[tuple[bool, str, str], list[PriceRow]]]:
+    """What makes one price: the stem, or the three stages, in a layout and dtype."""
+    for kind in dict.fromkeys((row.stem, row.layout, row.dtype) for row in rows):
+        yield kind, [row for row in rows if (row.stem, row.layout, row.dtype) == kind]

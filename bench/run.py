@@ -1,4 +1,4 @@
-"""``python -m bench.run``: is it fast, on this machine, at real sites and in a real network?"""
+"""``python -m bench.run``: is it fast, on this machine, at real sites and in real networks?"""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import cases, network, peers, price, report, timing
+from . import bars as judge
+from . import cases, layer, network, peers, price, report, timing
 from .cases import Case
-from .network import NetworkRow
+from .layer import LayerRow
+from .network import NETWORKS, NetworkRow
 from .plot import plot
 from .price import PriceRow
 from .rows import Machine, Row, Store, latest, resumable, this_machine, to_rows
@@ -143,7 +145,10 @@ def main(
     direction: Annotated[list[str] | None, typer.Option(help="Only forward, backward, forward+backward.")] = None,
     purpose: Annotated[list[str] | None, typer.Option(help="Only ratio, share, call.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help="Only these peers, named as in the rows.")] = None,
-    with_network: Annotated[bool, typer.Option("--network/--no-network", help="Run the real network too.")] = True,
+    with_network: Annotated[
+        bool, typer.Option("--network/--no-network", help="Measure networks, adaptive layers and the price too.")
+    ] = True,
+    model: Annotated[list[str] | None, typer.Option(help="Only these networks: " + ", ".join(NETWORKS) + ".")] = None,
     allocator: Annotated[Allocator, typer.Option(help="Keep malloc's pages warm, or leave it alone.")] = "warm",
     tables: Annotated[bool, typer.Option(hidden=True)] = True,
 ) -> None:
@@ -167,6 +172,11 @@ def main(
     if not wanted:
         console.print("[red]No case is left by these filters.[/] The sites are " + ", ".join(_sites()) + ".")
         raise typer.Exit(2)
+    if unknown := set(model or ()) - NETWORKS.keys():
+        console.print(f"[red]No network is called {', '.join(sorted(unknown))}.[/] There are {', '.join(NETWORKS)}.")
+        raise typer.Exit(2)
+    networks = (model or (NETWORKS if bars else network.QUICK)) if with_network else ()
+    layers = cases.select(layer.grid(device, bars), op=op, site=site, dtype=dtype, layout=layout, k=k)
     stem = machine.slug + ("-bars" if bars else "")
     # A former run of the barred grid is taken up where it stopped; a first look starts anew.
     store = Store(out / f"{stem}.csv", Row, fresh=not bars)
@@ -176,18 +186,23 @@ def main(
         console.print(f"{len(wanted) - len(todo)} of {len(wanted)} cases are in {store.path} already.")
 
     network_rows: list[NetworkRow] = []
+    layer_rows: list[LayerRow] = []
     price_rows: list[PriceRow] = []
     with _progress(console) as progress:
-        jobs = bench.compilations(todo) + (network.compilations(device, machine.threads) if with_network else [])
+        jobs = bench.compilations(todo) + network.compilations(networks, device, machine.threads)
         workers = min(8, machine.cores)
         bar = progress.add_task(f"compiling ahead, by {workers} processes", total=len(jobs), what="")
         compile_ahead(jobs, workers, lambda: progress.advance(bar))
         with _steps(progress, "sites", len(todo)) as step:
             rows = bench.measure(todo, step)
         if with_network:
-            with _steps(progress, "network", 3) as step:
-                network_rows = network.measure(device, machine, bench.backends[0], 4.0 if bars else 2.0, step)
+            with _steps(progress, "networks", 3 * len(networks)) as step:
+                seconds = 4.0 if bars else 2.0
+                network_rows = network.measure(networks, device, machine, bench.backends[0], seconds, step)
             Store(out / f"{stem}-network.csv", NetworkRow, fresh=not bars).add(network_rows)
+            with _steps(progress, "layers with predicted filters", len(layers)) as step:
+                layer_rows = layer.measure(layers, device, machine, bench.seconds, step)
+            Store(out / f"{stem}-layer.csv", LayerRow, fresh=not bars).add(layer_rows)
             with _steps(progress, "price of anti-aliasing", 4) as step:
                 price_rows = price.measure(device, machine, bench.seconds, step)
             Store(out / f"{stem}-price.csv", PriceRow, fresh=not bars).add(price_rows)
@@ -208,11 +223,19 @@ def main(
         console.print(missing)
     if network_rows:
         console.print(report.network_table(network_rows))
+    if layer_rows:
+        console.print(report.layer_table(layer_rows))
+    if price_rows:
         console.print(report.price_table(price_rows))
     if bars:
         for name in dict.fromkeys(cell.ours.backend for cell in cells):
-            found = report.verdicts([cell for cell in cells if cell.ours.backend == name], device)
-            console.print(report.verdict_table(found, f"Bars: {name} on {device}"))
+            found = judge.verdicts([cell for cell in cells if cell.ours.backend == name], device)
+            console.print(judge.verdict_table(found, f"Bars: {name} on {device}"))
+        found = (
+            judge.network_verdicts(network_rows) + judge.layer_verdicts(layer_rows) + judge.price_verdicts(price_rows)
+        )
+        if with_network:
+            console.print(judge.verdict_table(found, f"Bars: networks and layers on {device}"))
     plot(cells, machine, out / f"{stem}.png")
     console.print(f"Rows and plot: {store.path}, {out / f'{stem}.png'}")
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -216,8 +216,21 @@ def difference(contender: Contender, op: Op, inputs: Inputs) -> float:
     )
 
 
-def kept_bytes(op: Op, x: torch.Tensor) -> int:
-    """Bytes that autograd keeps between forward and backward: every storage once."""
+def training(module: torch.nn.Module, x: torch.Tensor) -> Call:
+    """One forward and backward, with the gradients of x and of the parameters."""
+    x = x.detach().requires_grad_()
+    wanted = (x, *module.parameters())
+    with torch.no_grad():
+        dy = torch.randn_like(module(x))
+
+    def step() -> object:
+        return torch.autograd.grad(module(x), wanted, dy)
+
+    return step
+
+
+def kept_bytes(forward: Call, held: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes that autograd keeps between forward and backward: every storage once, none of what is held anyway."""
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -226,9 +239,10 @@ def kept_bytes(op: Op, x: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = op(x.detach().requires_grad_())
+        y = forward()
     del y
-    return sum(storage.nbytes() for storage in storages.values())
+    others = storages.keys() - {tensor.untyped_storage().data_ptr() for tensor in held}
+    return sum(storages[pointer].nbytes() for pointer in others)
 
 
 def peak_bytes(call: Call, device: str) -> int:
@@ -312,7 +326,8 @@ def _enter(contender: Contender, inputs: Inputs, clock: Clock) -> tuple[Result, 
             op = contender.build(inputs.case, inputs.device)
             if contender.role != "yardstick" and (off := difference(contender, op, inputs)) > 1:
                 return Result(contender, f"differs: {off:.3g} times what rounding explains"), None
-            kept = kept_bytes(op, inputs.x) if inputs.case.direction == "backward" else None
+            x = inputs.x.detach().requires_grad_()
+            kept = kept_bytes(lambda: op(x)) if inputs.case.direction == "backward" else None
             return Result(contender, kept_bytes=kept), clock.prepare(lambda: inputs.work(op))
     except Absent as absent:
         return Result(contender, f"absent: {absent}"), None
