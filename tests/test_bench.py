@@ -7,6 +7,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +17,11 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import aliasfused
-from bench import bars, cases, peers, price, report, run, timing
+from bench import bars, cases, layer, models, network, peers, price, report, run, timing
 from bench.cases import Case
 from bench.peers import Absent, Contender
 from bench.rows import Machine, Row, Store, latest, resumable, to_rows
+from bench.test_bench import CASES as pytest_cases
 
 CASE = Case("blur_pool", "resnet50", 4, 9, 2, "NHWC", "fp32", 4, "backward")
 MACHINE = Machine(
@@ -126,6 +128,20 @@ def test_everybody_does_the_work_said(reference, direction, k, dtype):
         except Absent:
             continue
         assert timing.difference(contender, op, inputs) <= 1, contender.name
+
+
+@pytest.mark.parametrize("op", cases.OPS)
+def test_the_peers_of_every_op_do_its_work(reference, op):
+    """The released formulation too, though its logits are everywhere and its filters sum to one together."""
+    case = dataclasses.replace(CASE, op=op, channels=16, k=3 if op in cases.GROUPS else 4)
+    inputs = timing.Inputs(case, "cpu")
+    contenders = [c for c in peers.contenders(case, "cpu", ["reference"]) if not c.compiled and c.name != "kornia"]
+    assert {c.role for c in contenders} == {"ours", "peer"}
+    assert [c.name for c in contenders if timing.difference(c, c.build(case, "cpu"), inputs) > 1] == []
+
+
+def test_pytest_benchmark_has_a_case_of_every_op():
+    assert {case.op for case in pytest_cases} == set(cases.OPS)
 
 
 def test_the_form_that_is_compiled_does_the_work_said(reference):
@@ -271,3 +287,165 @@ def test_the_price_of_anti_aliasing():
     assert [price.price(rows, v, True) for v in ("unfused", "fused")] == [12.0, 2.0]
     assert [price.price(rows, v, False) for v in ("unfused", "fused")] == [6.0, 1.0]
     assert report.price_table(rows).row_count == 2
+
+
+# --- the released layer, whole layers, whole networks -------------------------------------------------------------------
+
+GOLDEN = sorted((Path(__file__).parent / "golden" / "adaptive").glob("*.npz"))
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_the_released_layer_is_the_one_recorded(path: Path):
+    data = {name: torch.from_numpy(value) for name, value in np.load(path).items() if name != "pad"}
+    _, channels, _, _, kernel_size, group, stride, training = data["meta"].tolist()
+    released = models.Released(channels, kernel_size, stride, group).double().train(bool(training))
+    state = {name.removeprefix("state."): value for name, value in data.items() if name.startswith("state.")}
+    released.load_state_dict(state, strict=True)
+    x = data["x"].requires_grad_()
+    y = released(x)
+    dx, dweight = torch.autograd.grad(y, (x, released.conv.weight), data["dy"])
+    for found, name in ((y, "y"), (dx, "dx"), (dweight, "dconv_weight")):
+        torch.testing.assert_close(found, data[name], rtol=1e-10, atol=1e-10)
+
+
+LAYER_CASE = Case("adaptive_g2", "resnet50", 8, 10, 2, "NHWC", "fp32", 3, "forward")
+
+
+def test_layers_with_predicted_filters_do_the_same_and_keep_less(tmp_path: Path):
+    rows = layer.measure([LAYER_CASE], "cpu", MACHINE, 1e-4, lambda what: None)
+    assert [(r.part, r.variant) for r in rows if r.kept_bytes] == [
+        (part, variant) for part, variants in layer.VARIANTS.items() for variant in variants
+    ]
+    assert max(r.difference for r in rows) < 1e-5
+    kept = {(r.part, r.variant): r.kept_bytes / LAYER_CASE.input_bytes for r in rows if r.kept_bytes}
+    logits = 2 * 9 / 8
+    assert kept["apply", "logits everywhere"] == pytest.approx(1 + logits)
+    assert kept["apply", "logits kept"] == pytest.approx(1 + logits / 4)
+    assert kept["apply", "released"] == pytest.approx(1 + 9 + logits)  # x, every window, and the filters
+    assert kept["layer", "strided"] < kept["layer", "dense"] == kept["layer", "compat"] < kept["layer", "released"]
+    assert all(r.peak_bytes > 0 for r in rows)
+    store = Store(tmp_path / "layer.csv", layer.LayerRow)
+    store.add(rows)
+    assert list(store) == rows
+    assert report.layer_table(rows).row_count == len(rows) / 2
+
+
+def test_the_bars_of_layers():
+    case = dataclasses.replace(LAYER_CASE, op="adaptive_g8", channels=layer.CHANNELS)
+    kept = {"logits kept": 1.07, "logits everywhere": 1.31, "dense": 2.7, "dense, zeros": 2.7, "released": 12.0}
+    rows = [
+        layer.LayerRow(c, part, variant, us, 1, training and int(kept.get(variant, 0) * case.input_bytes), 0.0, MACHINE)
+        for part, variants in layer.VARIANTS.items()
+        for variant in variants
+        for training in (None, True)
+        for c in [dataclasses.replace(case, direction="forward+backward" if training else "forward")]
+        for us in [5.0 if variant == "released" else 1.0]
+    ]
+    assert [v.passed for v in bars.layer_verdicts(rows)] == [True, False, True, False, True]
+    assert [v.value.split(",")[0] for v in bars.layer_verdicts(rows)] == ["1.07", "1.31", "2.70", "2.70", "5.00"]
+    assert {v.passed for v in bars.layer_verdicts([])} == {None}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_first_look_at_layers_is_at_a_site_that_bars_judge(device):
+    first, whole = layer.grid(device, False), layer.grid(device, True)
+    assert 0 < len(first) < len(whole) == len(set(whole)) and set(first) < set(whole)
+    assert {case.channels for case in first} == {layer.CHANNELS}
+    assert {(case.channels, case.size) for case in whole} == {
+        (64, 111), (128, 56), (256, 56), (256, 28), (512, 28), (512, 14), (1024, 14),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "blurs"),
+    [("resnetblur50", 4), ("antialiased_resnet50", 7), ("antialiased_vgg16_bn", 5), ("adaptive_resnet50", 7)],
+)
+def test_anti_aliased_networks_are_their_strided_ones_with_blurs(name, blurs):
+    """On meta tensors: as many classes, the same parameters but predictors, and all blurs are known to accelerate."""
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        plain = network.NETWORKS[name].plain()
+        shapes = [p.shape for p in plain.parameters()]
+        blurred = network.NETWORKS[name].blurred(plain)
+        assert blurred.eval()(torch.empty(1, 3, 224, 224)).shape == (1, 1000)
+    known = {"BlurPool2d", *(path.rpartition(".")[2] for path in models.ALSO)}
+    found = [module for module in blurred.modules() if type(module).__name__ in known]
+    assert len(found) == blurs
+    predictors = {id(p) for module in found for p in module.parameters()}
+    assert [p.shape for p in blurred.parameters() if id(p) not in predictors] == shapes
+
+
+def tiny() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+
+def test_a_network_in_its_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(network.NETWORKS, "tiny", network.Network(tiny, models.pools_blurred))
+    monkeypatch.setattr(network, "KINDS", [kind for kind in network.KINDS if "eager" in kind])
+    x = torch.randn(2, 3, 20, 20)
+    monkeypatch.setattr(network, "inputs", lambda device: x)
+    rows = network.measure(["tiny"], "cpu", MACHINE, "native", 1e-4, lambda what: None)
+    assert [row.variant for row in rows] == ["plain", "unfused", "accelerated"]
+    plain, unfused, accelerated = rows
+    assert plain.difference is None and unfused.difference == 0 and 0 < accelerated.difference < 1e-5
+    assert accelerated.kept_bytes < plain.kept_bytes < unfused.kept_bytes
+    assert 0 < accelerated.peak_bytes < unfused.peak_bytes
+    # x, what convolution and ReLU give, and the indices of the maximum; statistics and the loss are small.
+    maps = 4 * (x.numel() + 2 * 8 * (2 * 18**2 + 2 * 9**2))
+    assert maps <= plain.kept_bytes < maps + 1000
+    store = Store(tmp_path / "network.csv", network.NetworkRow)
+    store.add(rows)
+    assert list(store) == rows
+    assert report.network_table(rows).row_count == 3
+
+
+def test_the_names_of_networks_are_those_measured(monkeypatch: pytest.MonkeyPatch):
+    def absent(device: str) -> torch.Tensor:
+        raise Absent("there are no photographs")
+
+    monkeypatch.setattr(network, "inputs", absent)
+    rows = network.measure(network.NETWORKS, "cpu", MACHINE, "native", 1e-4, lambda what: None)
+    assert [row.model for row in rows] == [*network.NETWORKS]
+    assert {row.status for row in rows} == {"absent: there are no photographs"}
+    assert set(network.QUICK) <= network.NETWORKS.keys()
+    assert report.network_table(rows).row_count == len(rows)
+    jobs = network.compilations(network.QUICK, "cpu", 2)
+    assert [job.args[-1] for job in jobs] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize(("kept", "peak", "passed"), [(80, 103, [True, True]), (82, 104, [False, False])])
+def test_the_bars_of_a_networks_memory(kept, peak, passed):
+    def measured(variant: str, peak: int, kept: int) -> network.NetworkRow:
+        return network.NetworkRow(
+            "resnetblur50", 4, "float32", "eager", variant, "ok", 1.0, 1.0, peak, kept, None, MACHINE
+        )
+
+    rows = [measured("plain", 100, 81), measured("unfused", 130, 99), measured("accelerated", peak, kept)]
+    assert [v.passed for v in bars.network_verdicts(rows)] == passed
+    assert bars.network_verdicts(rows[:2]) == []
+
+
+@pytest.mark.parametrize(("fused", "passed"), [(3.0, True), (3.2, False)])
+def test_the_bar_of_the_price(fused, passed):
+    times = {"plain": 2.0, "unfused": 8.0, "fused": fused}
+    rows = [price.PriceRow("128@56", False, "NCHW", "fp32", 8, v, t, MACHINE) for v, t in times.items()]
+    assert [v.passed for v in bars.price_verdicts(rows)] == [passed]
+
+
+def test_the_bars_of_predicted_filters_and_of_what_is_kept():
+    def pair(op: str, direction: str, kept: float, **peers: float) -> list[Row]:
+        case = dataclasses.replace(CASE, op=op, direction=direction)
+        ours = row(case=case, kept_bytes=int(kept * case.input_bytes) if direction == "backward" else None)
+        return [ours, *(row(name, us, case=case) for name, us in peers.items())]
+
+    rows = [*pair("adaptive_g8", "forward", 1, slices=5.0, released=49.0), *pair("max_blur_pool", "backward", 1.125)]
+    rows += [*pair("adaptive_g8", "backward", 1, slices=5.0, released=41.0), *pair("act_blur_pool", "backward", 1.1)]
+    found = {(v.bar, v.direction): v.passed for v in bars.verdicts(report.cells(rows), "cpu")}
+    starts = {(bar[:48], direction): passed for (bar, direction), passed in found.items()}
+    assert starts["predicted filters: geometric mean against the re", "forward"] is False
+    assert starts["predicted filters: geometric mean against the re", "backward"] is True
+    assert starts["adaptive_g8, adaptive_g2: geometric mean of the ", "forward"] is True
+    assert starts["kept for backward with a maximum before the blur", "backward"] is True
+    assert starts["kept for backward with a batch norm or activatio", "backward"] is False
