@@ -274,6 +274,12 @@ def test_activations(act):
         ([nn.ReLU(), nn.MaxPool2d(2, 1), aliasfused.compat.kornia.MaxBlurPool2D(3)], ()),  # two maxima
         ([nn.BatchNorm2d(4), nn.ReLU(), aliasfused.compat.composer.BlurMaxPool2d(3, 2, 1)], ("1", "2")),
         ([nn.ReLU(), aliasfused.compat.composer.BlurMaxPool2d(3, 2, 1, 2)], ()),  # a maximum with gaps
+        ([nn.BatchNorm2d(4), nn.ReLU(), aliasfused.compat.composer.BlurConv2d(4, 5, 3, 2, 1)], ("1", "2")),
+        ([nn.ReLU(inplace=True), aliasfused.compat.composer.BlurConv2d(4, 6, 5, 2, dilation=2, groups=2)], ("1",)),
+        ([nn.BatchNorm2d(4), nn.SiLU(), nn.MaxPool2d(2, 1), aliasfused.compat.composer.BlurConv2d(4, 5, 1, 2)],
+            ("1", "2", "3")),  # a convolution of one pixel: the step is at its stride
+        ([nn.BatchNorm2d(4), nn.ReLU(), aliasfused.compat.composer.BlurPoolConv2d(nn.Conv2d(4, 5, 3, 2, 1))], ("1", "2")),
+        ([nn.ReLU(), aliasfused.compat.composer.BlurConv2d(4, 5, 3, 2, 1, blur_first=False)], ()),
     ],
 )  # fmt: skip
 def test_chains(layers, steps):
@@ -605,6 +611,29 @@ def test_a_block_itself():
     assert absorbed(report) == {"conv3.0": ("bn2", "relu")}
 
 
+def composers_resnet() -> nn.Module:
+    """A stage as composer's surgery leaves it: a blur in one module with the convolution that has the stride."""
+    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16).layer2
+    conv = aliasfused.compat.composer.BlurConv2d(32, 32, 3, 2, 1, bias=False)
+    conv.load_state_dict({"conv.weight": model[0].conv2.weight, "blur_filter": conv.blur_filter})
+    model[0].conv2 = conv
+    return model
+
+
+def test_composers_block():
+    model = composers_resnet()
+    report = check(model, torch.randn(2, 256, 7, 8, dtype=torch.float64))
+    assert absorbed(report) == {"0.conv2": ("0.bn1", "0.relu")}
+    assert type(model[0].conv2.conv) is nn.Conv2d and type(model[0].relu) is nn.ReLU
+
+
+def test_a_hook_on_the_convolution_behind_a_blur_keeps_what_it_sees():
+    model = chain(nn.ReLU(), aliasfused.compat.composer.BlurConv2d(4, 5, 3, 2, 1))
+    hook("forward_hook")(model[2].conv)
+    (row,) = aliasfused.accelerate(model)
+    assert (row.absorbed, row.reason) == ((), "already fused; a module inside 2 has hooks")
+
+
 def test_a_block_with_another_forward_is_left(monkeypatch):
     model = zhang_resnet(torchvision.models.resnet.BasicBlock)
     forward = torchvision.models.resnet.BasicBlock.forward
@@ -619,6 +648,7 @@ def test_a_block_with_another_forward_is_left(monkeypatch):
 AFTER = {
     "timm": lambda: chain(timm.layers.BatchNormAct2d(4), nn.MaxPool2d(3, 1, 1), timm.layers.BlurPool2d(4)),
     "average": lambda: chain(nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)),
+    "convolution": lambda: chain(nn.BatchNorm2d(4), nn.ReLU(), aliasfused.compat.composer.BlurConv2d(4, 5, 3, 2, 1)),
     "block": lambda: zhang_resnet(torchvision.models.resnet.Bottleneck).layer2,
 }
 

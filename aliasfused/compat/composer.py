@@ -12,7 +12,7 @@ from .. import filters
 from ..nn import _blur
 from ..nn import max_blur_pool as _step
 from ..ops._prologue import prologue
-from ..ops._window import Padding, Stride, window2d
+from ..ops._window import Padding, Stride, Window, window2d
 from ..ops.blur_pool import blur_pool2d
 from ._kernel import KernelBlur, read_rows
 
@@ -132,10 +132,13 @@ class _BlurThenConv(_ComposerBlur):
         pointwise = conv.kernel_size == (1, 1) and conv.padding == (0, 0) and type(conv) is nn.Conv2d
         listened = "forward" in vars(conv) or any(getattr(conv, hooks) for hooks in _HOOKS)
         if not pointwise or conv.stride == (1, 1) or listened:
-            return conv(_blur.blur2d(x, self._window, None))
+            return conv(self._blurred(x, self._window))
         # A convolution of one pixel sees each stride-th alone: no other need be blurred.
-        blurred = _blur.blur2d(x, self._window._replace(stride=conv.stride), None)  # type: ignore[arg-type]
+        blurred = self._blurred(x, self._window._replace(stride=conv.stride))  # type: ignore[arg-type]
         return F.conv2d(blurred, conv.weight, conv.bias, groups=conv.groups)
+
+    def _blurred(self, x: torch.Tensor, window: Window) -> torch.Tensor:
+        return _blur.blur2d(x, window, None)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -18,7 +18,7 @@ from ..ops._prologue import ACTS, ACTS_WITH_NUMBERS, Act
 from .trace import Trace, full_name, hooked, join
 
 _BATCH_NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"  # batch norm, drop and activation
-_BLOCKS = {  # have one activation for several places: the convolution that a blur may begin
+_BLOCKS = {  # have one activation for several places: the convolution that a blur of their own may begin
     f"{library}.resnet.{cls}": conv
     for library in ("torchvision.models", "antialiased_cnns")
     for cls, conv in (("BasicBlock", "conv2"), ("Bottleneck", "conv3"))
@@ -47,6 +47,8 @@ _BLURS = (
     kornia.BlurPool2D,
     kornia.MaxBlurPool2D,
     composer.BlurMaxPool2d,
+    composer.BlurConv2d,
+    composer.BlurPoolConv2d,
 )
 # From a blur upwards, ranks go down.
 _NORM, _ACT, _MAXIMUM, _BLUR = range(4)
@@ -102,7 +104,9 @@ def find(model: nn.Module) -> list[Chain]:
 
 
 def _is_blur(module: nn.Module) -> bool:
-    return type(module) in _BLURS and getattr(module, "dilation", 1) in (1, (1, 1))
+    """Whether a step may end here, in the whole module or in what it begins with."""
+    first, dense = getattr(module, "blur_first", True), getattr(module, "dilation", 1) in (1, (1, 1))
+    return type(module) in _BLURS and first and dense
 
 
 def _is_average(module: nn.Module) -> bool:
@@ -234,7 +238,9 @@ class _Finder:
         if conv is None or self.trace.calls[id(self.trace.module(act))] == 1 or "forward" in vars(block):
             return None
         begins = self.trace.paths[blur] == join(caller, conv, "0") and type(getattr(block, conv)) is nn.Sequential
-        return caller if begins and self.trace.paths[act] == join(caller, "relu") else None
+        # composer's blur and convolution are one module, in the place of the strided convolution.
+        strided = conv == "conv3" and self.trace.paths[blur] == join(caller, "conv2")
+        return caller if (begins or strided) and self.trace.paths[act] == join(caller, "relu") else None
 
     def _overwritten(self, head: Node, taken: dict[str, str]) -> str:
         """Why the input must not be left as it is: the chain writes into it where others read, or others where it reads."""

@@ -77,8 +77,9 @@ def accelerate(
     4. With ``fuse="all"``, what comes before a blur is drawn into it: any of ``BatchNorm2d`` (or timm's
        ``BatchNormAct2d``), an activation that :func:`aliasfused.act_blur_pool2d` has, and ``MaxPool2d`` of stride 1, in this
        order; Identity and drop layers of probability 0 are looked through. An ``AvgPool2d`` whose stride is its window is a
-       blur too where an activation comes before it. torch.fx finds these chains in a copy; a module that is called or
-       consumed elsewhere too, is shared, or has hooks, is no part of one.
+       blur too where an activation comes before it, and composer's convolutions begin with one where it comes first. torch.fx
+       finds these chains in a copy; a module that is called or consumed elsewhere too, is shared, or has hooks, is no part of
+       one.
     5. Old is run against new as before, now with the gradients of x and parameters and running statistics, in training and
        evaluation; they may differ in float64 by what float32 does to the old.
     6. By exchange of their classes the blur becomes the step, and what it absorbed passes its input on. The module tree

@@ -10,6 +10,7 @@ import torch.fx
 from torch import nn
 
 from .. import filters
+from ..compat import composer
 from ..nn import _blur
 from ..nn.bn_blur_pool import norm_of
 from ..ops import bn_blur_pool, max_blur_pool
@@ -75,18 +76,22 @@ class Absorbed(_Mixin):
 
 
 class FusedBlock(_Mixin):
-    """A residual block whose last but one activation is done by the blur that begins the convolution after it."""
+    """A residual block one of whose activations is done by the blur that begins the convolution after it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         block: Any = self
         y = block.bn1(block.conv1(x))
+        y = block.bn2(block.conv2(y if _activates(block.conv2) else block.relu(y)))
         if hasattr(block, "conv3"):
-            y = block.bn2(block.conv2(block.relu(y)))
-            y = block.bn3(block.conv3(y))
-        else:
-            y = block.bn2(block.conv2(y))
+            y = block.bn3(block.conv3(y if _activates(block.conv3) else block.relu(y)))
         y += x if block.downsample is None else block.downsample(x)
         return block.relu(y)
+
+
+def _activates(convolution: Any) -> bool:
+    """Whether it begins with a blur that does its block's activation."""
+    blur = convolution[0] if isinstance(convolution, nn.Sequential) else convolution
+    return isinstance(blur, Fused) and bool(blur._step.shared)
 
 
 @torch.fx.wrap
@@ -107,6 +112,9 @@ class Fused(_Mixin):
         _step: Step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._blurred(x, self.window())
+
+    def _blurred(self, x: torch.Tensor, window: Window) -> torch.Tensor:
         step, norm = self._step, None
         absorbed = [isinstance(part.module, Absorbed) for part in step.parts]
         at_work = absorbed.count(False)
@@ -117,7 +125,7 @@ class Fused(_Mixin):
             )
         if step.norm and not at_work:
             norm = norm_of(step.parts[0].module, step.parts[0].module.training)
-        return step2d(x, norm, step.before[at_work], self.window(), getattr(self, "channels", None))
+        return step2d(x, norm, step.before[at_work], window, getattr(self, "channels", None))
 
     def window(self) -> Window:
         return self._step.window or super().window()  # type: ignore[misc]
@@ -140,6 +148,13 @@ class Fused(_Mixin):
         (act, _, kernel, _), (h, w, stride, padding, pad_mode) = self._step.before[0], self.window()
         text = f"after={[part.name for part in self._step.parts]}, {act=}, maximum={kernel}"
         return f"{text}, taps={length(h)}x{length(w)}, {stride=}, {padding=}, {pad_mode=}"
+
+
+class FusedThenConv(Fused):
+    """A module of a blur and a convolution, whose blur is a step with what stood before it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._blur_first(x)  # type: ignore[operator]
 
 
 def fuse_chains(model: nn.Module) -> Iterator[Chain]:
@@ -187,7 +202,7 @@ def _fuse(root: nn.Module, chain: Chain) -> None:
     if chain.block is not None:
         _become(root.get_submodule(chain.block), FusedBlock)
     blur.__dict__["_step"] = Step(parts, shared, norm is not None, tuple(before), window)
-    _become(blur, Fused)
+    _become(blur, FusedThenConv if isinstance(blur, composer._BlurThenConv) else Fused)
 
 
 @torch.inference_mode(False)
@@ -199,7 +214,8 @@ def _difference(model: nn.Module, chain: Chain) -> str:
         for role, path in roles.items():
             old.add_module(role, model.get_submodule(path))
         moved = Chain(**{role: role for role in roles})
-        channels = old.norm.num_features if chain.norm else getattr(old.blur, "channels", None)
+        given = old.blur.conv.in_channels if hasattr(old.blur, "conv") else getattr(old.blur, "channels", None)
+        channels = old.norm.num_features if chain.norm else given
     else:
         old = model.get_submodule(chain.block)
         blur, norm, act, maximum = (path[len(chain.block) :].lstrip(".") for path in chain[:4])
@@ -211,5 +227,7 @@ def _difference(model: nn.Module, chain: Chain) -> str:
     fused = new.get_submodule(moved.blur)
     h, w, _, padding, _ = fused.window()
     n = 2 * max(length(h), length(w), *padding) + max(fused._step.before[0].kernel)
+    if isinstance(fused, FusedThenConv):
+        n += max(k * d for k, d in zip(fused.conv.kernel_size, fused.conv.dilation, strict=True))  # type: ignore[union-attr,arg-type]
     modes = (False, True) if chain.norm or chain.block is not None else (False,)
     return trial.difference(old, new, channels or 3, n, modes)
