@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from .peers import Absent, optional
 from .rows import Machine
 from .timing import Call, CallClock, Clock, Turn, WallClock, interleave, kept_bytes, peak_bytes
 
+Kind = tuple[str, str]
 VARIANTS = ("plain", "unfused", "accelerated")
 MODES = ("eager", "compiled")
 KINDS = tuple(itertools.product(MODES, VARIANTS))
+# A first look compiles no strided net: compiling takes longest of all.
+QUICK_KINDS = tuple(kind for kind in KINDS if kind != ("compiled", "plain"))
 SIZE = 224
 BATCH = {"cpu": 4, "cuda": 64}
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -191,16 +194,25 @@ def warm(name: str, device: str, threads: int, variant: str, training: bool) -> 
     (chosen.training() if training else chosen.inference())()
 
 
-def compilations(names: Iterable[str], device: str, threads: int) -> list[Callable[[], None]]:
+def compilations(
+    names: Iterable[str], device: str, threads: int, kinds: Iterable[Kind] = KINDS
+) -> list[Callable[[], None]]:
     """The compiled networks as jobs for other processes, the longest first."""
-    kinds = itertools.product((True, False), names, VARIANTS)
-    return [functools.partial(warm, name, device, threads, variant, training) for training, name, variant in kinds]
+    variants = [variant for mode, variant in kinds if mode == "compiled"]
+    jobs = itertools.product((True, False), names, variants)
+    return [functools.partial(warm, name, device, threads, variant, training) for training, name, variant in jobs]
 
 
 def measure(
-    names: Iterable[str], device: str, machine: Machine, backend: str, seconds: float, step: Callable[[str], None]
+    names: Iterable[str],
+    device: str,
+    machine: Machine,
+    backend: str,
+    seconds: float,
+    step: Callable[[str], None],
+    kinds: Sequence[Kind] = KINDS,
 ) -> list[NetworkRow]:
-    """Time inference and training steps of all kinds in turns; ``step`` is told what begins."""
+    """Time inference and training steps of all kinds, modes of variants, in turns; ``step`` is told what begins."""
     dtype = str(DTYPE[device]).removeprefix("torch.")
     rows = []
     for name in names:
@@ -209,7 +221,7 @@ def measure(
                 if (b.name, b.device) == (backend, device) and not b.available:
                     raise Absent(b.reason)
             with aliasfused.use_backend(backend):
-                rows += _measure(name, device, machine, seconds, step, dtype)
+                rows += _measure(name, device, machine, seconds, step, dtype, kinds)
         except Absent as error:
             rows.append(
                 NetworkRow(name, 0, dtype, "", "", f"absent: {error}", None, None, None, None, None, machine=machine)
@@ -218,20 +230,27 @@ def measure(
 
 
 def _measure(
-    name: str, device: str, machine: Machine, seconds: float, step: Callable[[str], None], dtype: str
+    name: str,
+    device: str,
+    machine: Machine,
+    seconds: float,
+    step: Callable[[str], None],
+    dtype: str,
+    kinds: Sequence[Kind],
 ) -> list[NetworkRow]:
     step(f"{name}: inference")
     torch.compiler.reset()
     x = inputs(device)
     models = {variant: build(name, variant, x, device) for variant in VARIANTS}
-    kinds = {(mode, variant): Variant(models[variant], x, mode) for mode, variant in KINDS}
+    nets = {(mode, variant): Variant(models[variant], x, mode) for mode, variant in kinds}
     clock: Clock = WallClock() if device == "cpu" else CallClock(calls=3)
-    outputs = {kind: variant.outputs() for kind, variant in kinds.items()}
-    infer = interleave([Turn(clock.prepare(variant.inference)) for variant in kinds.values()], seconds, rounds=4)
+    outputs = {kind: net.outputs() for kind, net in nets.items()}
+    infer = interleave([Turn(clock.prepare(net.inference)) for net in nets.values()], seconds, rounds=4)
     step(f"{name}: training")
-    train = interleave([Turn(clock.prepare(variant.training)) for variant in kinds.values()], seconds, rounds=4)
+    train = interleave([Turn(clock.prepare(net.training)) for net in nets.values()], seconds, rounds=4)
     step(f"{name}: memory")
     truth = outputs["eager", "unfused"]
+    differences = {kind: float((y - truth).abs().max() / truth.abs().max()) for kind, y in outputs.items()}
     return [
         NetworkRow(
             name,
@@ -241,10 +260,10 @@ def _measure(
             "ok",
             images_per_s=len(x) / inferred.min_us * 1e6,
             step_ms=trained.min_us * 1e-3,
-            peak_bytes=peak_bytes(kinds[kind].training(), device),
-            kept_bytes=kinds[kind].kept_bytes(),
-            difference=None if "plain" in kind else float((outputs[kind] - truth).abs().max() / truth.abs().max()),
+            peak_bytes=peak_bytes(net.training(), device),
+            kept_bytes=net.kept_bytes(),
+            difference=None if "plain" in kind else differences[kind],
             machine=machine,
         )
-        for kind, inferred, trained in zip(KINDS, infer, train, strict=True)
+        for (kind, net), inferred, trained in zip(nets.items(), infer, train, strict=True)
     ]

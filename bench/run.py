@@ -176,6 +176,7 @@ def main(
         console.print(f"[red]No network is called {', '.join(sorted(unknown))}.[/] There are {', '.join(NETWORKS)}.")
         raise typer.Exit(2)
     networks = (model or (NETWORKS if bars else network.QUICK)) if with_network else ()
+    kinds = network.KINDS if bars else network.QUICK_KINDS
     layers = cases.select(layer.grid(device, bars), op=op, site=site, dtype=dtype, layout=layout, k=k)
     stem = machine.slug + ("-bars" if bars else "")
     # A former run of the barred grid is taken up where it stopped; a first look starts anew.
@@ -189,7 +190,7 @@ def main(
     layer_rows: list[LayerRow] = []
     price_rows: list[PriceRow] = []
     with _progress(console) as progress:
-        jobs = bench.compilations(todo) + network.compilations(networks, device, machine.threads)
+        jobs = bench.compilations(todo) + network.compilations(networks, device, machine.threads, kinds)
         workers = min(8, machine.cores)
         bar = progress.add_task(f"compiling ahead, by {workers} processes", total=len(jobs), what="")
         compile_ahead(jobs, workers, lambda: progress.advance(bar))
@@ -198,7 +199,7 @@ def main(
         if with_network:
             with _steps(progress, "networks", 3 * len(networks)) as step:
                 seconds = 4.0 if bars else 2.0
-                network_rows = network.measure(networks, device, machine, bench.backends[0], seconds, step)
+                network_rows = network.measure(networks, device, machine, bench.backends[0], seconds, step, kinds)
             Store(out / f"{stem}-network.csv", NetworkRow, fresh=not bars).add(network_rows)
             with _steps(progress, "layers with predicted filters", len(layers)) as step:
                 layer_rows = layer.measure(layers, device, machine, bench.seconds, step)
@@ -209,7 +210,7 @@ def main(
     if not tables:
         return
 
-    if bars and allocator == "warm" and device == "cpu":
+    if bars and allocator == "warm" and device == "cpu" and cases.select(wanted, k=[4], purpose=["ratio"]):
         console.print("Once more with malloc left alone, k = 4 against pad+conv:")
         _default_allocator(out, machine.threads, op, backend, site, dtype, layout)
     asked = set(wanted)

@@ -383,10 +383,10 @@ def tiny() -> torch.nn.Module:
 
 def test_a_network_in_its_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(network.NETWORKS, "tiny", network.Network(tiny, models.pools_blurred))
-    monkeypatch.setattr(network, "KINDS", [kind for kind in network.KINDS if "eager" in kind])
+    eager = [kind for kind in network.KINDS if "eager" in kind]
     x = torch.randn(2, 3, 20, 20)
     monkeypatch.setattr(network, "inputs", lambda device: x)
-    rows = network.measure(["tiny"], "cpu", MACHINE, "native", 1e-4, lambda what: None)
+    rows = network.measure(["tiny"], "cpu", MACHINE, "native", 1e-4, lambda what: None, eager)
     assert [row.variant for row in rows] == ["plain", "unfused", "accelerated"]
     plain, unfused, accelerated = rows
     assert plain.difference is None and unfused.difference == 0 and 0 < accelerated.difference < 1e-5
@@ -411,8 +411,10 @@ def test_the_names_of_networks_are_those_measured(monkeypatch: pytest.MonkeyPatc
     assert {row.status for row in rows} == {"absent: there are no photographs"}
     assert set(network.QUICK) <= network.NETWORKS.keys()
     assert report.network_table(rows).row_count == len(rows)
-    jobs = network.compilations(network.QUICK, "cpu", 2)
-    assert [job.args[-1] for job in jobs] == [True] * 3 + [False] * 3
+    jobs = network.compilations(network.QUICK, "cpu", 2, network.QUICK_KINDS)
+    assert [job.args[-2:] for job in jobs] == [
+        (variant, training) for training in (True, False) for variant in ("unfused", "accelerated")
+    ]
 
 
 @pytest.mark.parametrize(("kept", "peak", "passed"), [(80, 103, [True, True]), (82, 104, [False, False])])
