@@ -1,8 +1,9 @@
 // A prologue (affine, activation, maximum), then a blur, and their gradients, on a CPU. Neither the prepared map z nor the
 // gradient of z ever reaches memory as a whole: some planes (NCHW) or rows of an image (NHWC) of it, in a buffer that a cache
 // holds, lie between the rows of prologue.h and the blur's own kernels.
-#include "kernels.h"
-#include "memory.h"
+#include "activated.h"
+#include "pixels.h"
+#include "planes.h"
 #include "prologue.h"
 
 namespace aliasfused {
@@ -254,8 +255,22 @@ struct Side {
   }
 };
 
+// Without a maximum or a gradient, the blur's own kernels on x, whose pixels are activated as they are loaded.
+template <typename T>
+bool in_one_go(const MaxBlurPool& op, const Parallel& parallel) {
+  const BlurPool& blur = op.blur;
+  if (blur.adjoint || op.pre.kernel_h > 1 || op.pre.kernel_w > 1) return false;
+  if constexpr (is_tuned<acc_t<T>>)
+    return as_loaded<T>(op.pre, blur.channels, [&](const auto& pre) {
+      if (is_pixels(blur)) blur_pixels<T, false>(blur, parallel, pre, 0, blur.batch * blur.rows.out);
+      else blur_planes<T, false>(blur, parallel, pre);
+    });
+  return false;
+}
+
 template <typename T>
 void max_blur_pool_of(const MaxBlurPool& op, const Parallel& parallel) {
+  if (in_one_go<T>(op, parallel)) return;
   // The order of the prepared map is that of y, or of dx.
   const Strides& s = op.blur.dst ? op.blur.dst_stride : op.x_stride;
   const bool pixels = op.blur.channels > 1 && s.c == 1;

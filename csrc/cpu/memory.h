@@ -16,6 +16,11 @@ INLINED inline auto gathered(const T* p, index_t stride, index_t n, Load&& load)
   return load(copy);
 }
 
+// Whether the channels of a result's pixel lie side by side (NHWC), rather than the pixels of a row.
+inline bool is_pixels(const BlurPool& op) {
+  return op.dst_stride.c == 1 && (op.dst_stride.w != 1 || (op.adjoint ? op.cols.in : op.cols.out) == 1);
+}
+
 // Whole or partial vectors in natural order, or units in the order of T.
 template <bool by_units, typename T>
 INLINED inline auto load(const T* p) {

@@ -172,26 +172,29 @@ struct Forward : PlanesBase<T> {
     for (int i = 0; i < V::lanes; ++i) shift[i] = min(shift[i], V::lanes - 1);
     const T* plane = a.src + a.pattern.base;
     acc* sums = a.sums + a.result;
-    for (index_t q = 0; q < a.planes; ++q, plane += a.plane_stride, sums += a.plane_pitch)
+    for (index_t q = 0; q < a.planes; ++q, plane += a.plane_stride, sums += a.plane_pitch) {
+      const auto prepared = pre.row(a.channel + q);
       for (const Step *step = a.steps, *end = step + a.rows; step < end; ++step) {
         const T* p = plane + step->row * a.row_stride;
         acc *to = sums + step->to, *other = HALVES == 2 ? sums + step->other : nullptr;
         for (index_t r = a.repeats; r > 0; --r, p += a.source_step, to += a.result_step) {
           __builtin_prefetch(reinterpret_cast<const char*>(p) + a.ahead, 0, 2);
           if (sizeof(T) > 2) __builtin_prefetch(reinterpret_cast<const char*>(p) + a.ahead + 64, 0, 2);
-          const Unit<acc> u = pre.row(Lanes<T>::load(p), a.channel + q);
+          const Unit<acc> u = prepared(Lanes<T>::load(p));
           const auto v = sum({in_register(u.a), in_register(u.b)});
           HALVES ? V::store_half(to, v) : V::store(to, v);
           if (HALVES == 2) V::store_half(other, __builtin_shuffle(v, shift));
         }
       }
+    }
   }
 
   // The same where windows end early, where there are several, or where pixels are apart.
   void sum_part_by_part(const Piece& piece, const Memory& m, const typename Memory::Strip& strip,
                         const typename Columns<acc>::Block& block) const {
     const index_t stride = op.src_stride.w;
-    for (int q = 0; q < piece.planes; ++q)
+    for (int q = 0; q < piece.planes; ++q) {
+      const auto prepared = pre.row(piece.c + q);
       for (index_t i = 0; i < strip.steps.size(); ++i) {
         const Step& step = strip.steps[i];
         const T* row = this->plane(piece.n, piece.c + q) + step.row * op.src_stride.h;
@@ -203,16 +206,16 @@ struct Forward : PlanesBase<T> {
             const Pattern<acc>& pattern = m.columns.pattern[block.pattern + w];
             const index_t x = pattern.base + r * m.columns.source_step, n = min(limit - x, window);
             const T* p = row + x * stride;
-            v += pattern.part(pre.row(stride != 1  ? gathered(p, stride, n, [](const T* copy) { return Lanes<T>::load(copy); })
-                                      : n < window ? Lanes<T>::load(p, n)
-                                                   : Lanes<T>::load(p),
-                                      piece.c + q));
+            v += pattern.part(prepared(stride != 1  ? gathered(p, stride, n, [](const T* copy) { return Lanes<T>::load(copy); })
+                                       : n < window ? Lanes<T>::load(p, n)
+                                                    : Lanes<T>::load(p)));
           }
           V::store(sums + step.to + block.result + r * m.columns.result_step, v);
           if (together > 1 && s == 2)
             for (int lane = together / 2 * out_w; lane < V::lanes; ++lane) sums[step.other + lane - together / 2 * out_w] = v[lane];
         }
       }
+    }
   }
 };
 
