@@ -52,9 +52,9 @@ INLINED inline void own_soon(const void* results, int bytes) {
 
 // Results on their way to memory. Where sources and results are together more than a cache holds, results bypass it:
 // otherwise every line of them would be read before it is written.
+constexpr index_t cached_bytes = index_t(48) << 20;
 template <typename T>
 inline bool bypasses_caches(const BlurPool& op) {
-  constexpr index_t cached_bytes = index_t(48) << 20;
   return op.batch * op.channels * (op.rows.in * op.cols.in + op.rows.out * op.cols.out) * index_t(sizeof(T)) > cached_bytes;
 }
 

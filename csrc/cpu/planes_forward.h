@@ -15,21 +15,21 @@ struct Forward : PlanesBase<T> {
   static constexpr index_t goal = 6144;  // buffered sums
 
   const Pre& pre;
-  const index_t in_w, out_w;
-  const int k, s;    // of the rows
-  index_t in_block;  // results of a block
-  int together = 1;  // short rows that are filtered as one
+  const index_t in_w, out_w, in_pitch;  // in_pitch: from row to row
+  const int k, s;                       // of the rows
+  index_t in_block;                     // results of a block
+  int together = 1;                     // short rows that are filtered as one
   index_t pitch, phase_pitch = 0, plane_pitch = 0;
   Cut cut;
 
   Forward(const BlurPool& o, const Pre& p)
-      : Base{o}, pre(p), in_w(o.cols.in), out_w(o.cols.out), k(o.rows.taps), s(o.rows.stride), cut(cut_of()) {}
+      : Base{o}, pre(p), in_w(o.cols.in), out_w(o.cols.out), in_pitch(o.src_stride.h), k(o.rows.taps), s(o.rows.stride), cut(cut_of()) {}
 
   Cut cut_of() {
     const index_t fit = (window - op.cols.taps) / op.cols.stride + 1;
     in_block = in_w > window && op.cols.taps <= window && fit >= V::lanes / 2 ? min(fit, V::lanes) : V::lanes;
-    if (op.src_stride.w == 1 && op.src_stride.h == in_w && s <= 2 && op.rows.in * out_w <= goal)
-      together = max(1, min(window / in_w, V::lanes / out_w) / s * s);
+    if (op.src_stride.w == 1 && in_w <= in_pitch && in_w <= window && s <= 2 && op.rows.in * out_w <= goal)
+      together = max(1, min((window - in_w) / in_pitch + 1, V::lanes / out_w) / s * s);
     pitch = together > 1 || out_w <= in_block ? out_w : round_up(out_w, V::lanes) + V::lanes;
     // As many rows as keep what two strips both need small.
     const Cut c(op.rows.out, max(8, (goal / pitch - k) / s), op.rows.out * s * pitch, goal);
@@ -89,9 +89,9 @@ struct Forward : PlanesBase<T> {
     if (together > 1) {
       // Rows of one phase side by side.
       const int each = together / s * out_w;
-      return columns.template add<T>(0, 1, s * each, together * in_w, [&](int i, auto&& visit) INLINED {
+      return columns.template add<T>(0, 1, s * each, (together - 1) * in_pitch + in_w, [&](int i, auto&& visit) INLINED {
         const index_t row = i % each / out_w * s + i / each;
-        axis.inputs_of(i % out_w, [&](index_t x, int q) INLINED { visit(row * in_w + x, taps[q]); });
+        axis.inputs_of(i % out_w, [&](index_t x, int q) INLINED { visit(row * in_pitch + x, taps[q]); });
       });
     }
     // Interior: no tap sees a border, and no window is cut off at the end of the row.
@@ -199,7 +199,7 @@ struct Forward : PlanesBase<T> {
         const Step& step = strip.steps[i];
         const T* row = this->plane(piece.n, piece.c + q) + step.row * op.src_stride.h;
         acc* sums = m.buffer.data + q * plane_pitch;
-        const index_t limit = in_w * min(together, op.rows.in - step.row);
+        const index_t limit = in_pitch * (min(together, op.rows.in - step.row) - 1) + in_w;
         for (index_t r = 0; r < block.repeats; ++r) {
           typename V::type v{};
           for (index_t w = 0; w < block.patterns; ++w) {
