@@ -1,6 +1,7 @@
 // A prologue (affine, activation, maximum), then a blur, and their gradients, on a CPU. Neither the prepared map z nor the
 // gradient of z ever reaches memory as a whole: some planes (NCHW) or rows of an image (NHWC) of it, in a buffer that a cache
-// holds, lie between the rows of prologue.h and the blur's own kernels.
+// holds, lie between the rows of prologue.h and the blur's own kernels; or, where pixels can be prepared as these load them,
+// not even that.
 #include "activated.h"
 #include "pixels.h"
 #include "planes.h"
