@@ -3,8 +3,8 @@
 // (slide.h); planes.h takes columns first where those are the large map's. Which rows and columns, and with which taps, is what Axis says
 // of an output (forward) or of an input (adjoint).
 //
-// A pixel passes through `pre` as it is loaded: pre.row(unit, c) when the lanes of a unit are neighbours of channel c,
-// pre.pixel(unit, c) when they are the channels from c on, in the order in which Lanes<T> loads them.
+// Forward, a pixel passes through `pre` as it is loaded: pre.row(c) is what a unit passes through whose lanes are neighbours of
+// channel c, pre.pixel(c) where they are the channels from c on, in the order in which Lanes<T> loads them.
 #include "planes.h"
 #include "taps_grad.h"
 
@@ -13,12 +13,10 @@ namespace AF_ISA {
 namespace {
 
 struct Identity {
+  INLINED Identity row(index_t) const { return {}; }
+  INLINED Identity pixel(index_t) const { return {}; }
   template <typename U>
-  U row(U u, index_t) const {
-    return u;
-  }
-  template <typename U>
-  U pixel(U u, index_t) const {
+  INLINED U operator()(U u) const {
     return u;
   }
 };
@@ -38,11 +36,15 @@ void blur_pool_of(BlurPool op, const Parallel& parallel) {
   using acc = acc_t<T>;
   if (op.per_channel)
     op.per_channel = !is_shared<acc>(op.taps_h, op.channels, op.rows.taps) || !is_shared<acc>(op.taps_w, op.channels, op.cols.taps);
-  const bool pixels = op.dst_stride.c == 1 && (op.dst_stride.w != 1 || (op.adjoint ? op.cols.in : op.cols.out) == 1);
+  const bool pixels = is_pixels(op);
   const Identity pre;
   const index_t rows = op.batch * (op.adjoint ? op.rows.in : op.rows.out);
-  if (op.adjoint) pixels ? blur_pixels<T, true>(op, parallel, pre, 0, rows) : blur_planes<T, true>(op, parallel, pre);
-  else pixels ? blur_pixels<T, false>(op, parallel, pre, 0, rows) : blur_planes<T, false>(op, parallel, pre);
+  const auto run = [&](auto adjoint) {
+    if (!pixels) blur_planes<T, adjoint>(op, parallel, pre);
+    else if (op.per_channel) blur_pixels_per_channel<T, adjoint>(op, parallel, pre, 0, rows);
+    else blur_pixels<T, adjoint>(op, parallel, pre, 0, rows);
+  };
+  op.adjoint ? run(std::true_type{}) : run(std::false_type{});
 }
 
 template <typename Of>

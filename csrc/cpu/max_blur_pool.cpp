@@ -1,8 +1,10 @@
 // A prologue (affine, activation, maximum), then a blur, and their gradients, on a CPU. Neither the prepared map z nor the
 // gradient of z ever reaches memory as a whole: some planes (NCHW) or rows of an image (NHWC) of it, in a buffer that a cache
-// holds, lie between the rows of prologue.h and the blur's own kernels.
-#include "kernels.h"
-#include "memory.h"
+// holds, lie between the rows of prologue.h and the blur's own kernels; or, where pixels can be prepared as these load them,
+// not even that.
+#include "activated.h"
+#include "pixels.h"
+#include "planes.h"
 #include "prologue.h"
 
 namespace aliasfused {
@@ -10,6 +12,7 @@ namespace AF_ISA {
 namespace {
 
 constexpr index_t buffered = 1 << 16;  // pixels of z at a time
+constexpr index_t most_run = 2048;     // pixels that are one step ahead of the next step
 
 // Rows of v (or whatever else) of which the last few are at hand.
 template <typename E>
@@ -64,18 +67,19 @@ struct Side {
 
   // What one thread needs for a row of z, or for one of dx.
   struct Memory {
-    Ring<acc> v;               // rows of x, activated; or, for gradients, one of them ...
-    Ring<acc> highest;         // ... and the maxima along rows
+    Ring<acc> v;               // rows of x, activated; for gradients one of them, with -inf around it,
+    Ring<acc> highest;         // and the maxima along rows; or the maxima across rows, with -inf around them
     Ring<int8_t> column, row;  // of the winner
     Scratch<acc> won, dv, part;
     Scratch<T> copy;
     Scratch<const acc*> highest_rows;
     Scratch<const int8_t*> winner_rows;
-    Scratch<const T*> gradient_rows;
-    index_t end = -1;  // the row of x after the last one met
+    Scratch<const T*> gradient_rows, source_rows;
+    Scratch<T> spread;  // the gradient of a run of z, in rows as wide as those of x
+    index_t end = -1;   // the row of x after the last one met
     Memory(const Side& s, bool adjoint)
         : v(adjoint ? 1 : s.pre.kernel_h, s.max_elements(true)),
-          highest(s.pre.kernel_h, s.max_elements(adjoint)),
+          highest(adjoint ? s.pre.kernel_h : 1, s.max_elements(true)),
           column(s.pre.kernel_h, s.max_elements(adjoint)),
           row(s.pre.kernel_h, s.max_elements(adjoint)),
           won(s.max_elements(adjoint)),
@@ -84,28 +88,37 @@ struct Side {
           copy(s.rows.row),
           highest_rows(s.pre.kernel_h),
           winner_rows(s.pre.kernel_h),
-          gradient_rows(s.pre.kernel_h) {}
+          gradient_rows(s.pre.kernel_h),
+          source_rows(s.pre.kernel_h),
+          spread(adjoint && s.in_runs ? s.run_elements() + room : 0) {}
   };
-  index_t max_elements(bool needed) const { return needed && rows.has_max ? rows.extended + rows.reach + 2 * rows.lanes : 0; }
+  index_t max_elements(bool needed) const {
+    if (!needed || !rows.has_max) return 0;
+    return max(rows.extended + rows.reach, in_runs ? run_elements() : 0) + 2 * rows.lanes;
+  }
 
-  // Brings in the rows of x that row j of z is of: met(h) for those not met before. To be called for rising j.
+  // The rows of x that row j of z is of: met(h) for those not met before. To be called for rising j.
   template <typename Met>
-  Range window(Memory& m, const MapRows<T>& x, index_t n, index_t c, index_t j, Met&& met) const {
+  Range window(Memory& m, index_t j, Met&& met) const {
     const index_t lo = max(j - pre.top, 0), hi = min(j - pre.top + pre.kernel_h, pre.height);
-    for (index_t h = max(m.end, lo); h < hi; ++h) {
-      rows.activate_row(act, tables, x.row(n, c, h, m.copy.data), c, m.v[h]);
-      met(h);
-    }
+    for (index_t h = max(m.end, lo); h < hi; ++h) met(h);
     m.end = hi;
     return {lo, hi};
   }
 
   // Which pixels the maxima of row j of z are.
   void winners(Memory& m, const MapRows<T>& x, index_t n, index_t c, index_t j) const {
-    const Range in = window(m, x, n, c, j, [&](index_t h) {
-      sized(pre.kernel_w, [&](auto k) INLINED {
-        Rows::template along<k>(m.v[h], rows.z_row, rows.channels, pre.kernel_w, pre.left, m.highest[h], m.column[h]);
-      });
+    const Range in = window(m, j, [&](index_t h) {
+      const T* const pixels = x.row(n, c, h, m.copy.data);
+      const auto along = [&](const auto* v) INLINED {
+        sized(pre.kernel_w, [&](auto k) INLINED {
+          Rows::template along<k>(v, rows.z_row, rows.channels, pre.kernel_w, pre.left, m.highest[h], m.column[h]);
+        });
+      };
+      if (rows.is_monotone() && rows.extended == rows.row) return along(pixels);
+      rows.activate_row(act, tables, pixels, c, m.v[h] + rows.left);
+      rows.surround(m.v[h]);
+      along(m.v[h]);
     });
     for (index_t h = in.lo; h < in.hi; ++h) m.highest_rows.data[h - in.lo] = m.highest[h];
     const int count = static_cast<int>(in.hi - in.lo), first = static_cast<int>(in.lo - (j - pre.top));
@@ -122,14 +135,60 @@ struct Side {
         rows.activate_alone(act, tables, x.row(n, c, j, m.copy.data), together * rows.row, c, z);
       return;
     }
+    const bool as_it_is = rows.is_monotone() && x.whole();
+    acc* const highest = m.highest[0];
+    rows.surround(highest);
     for (index_t j = lo; j < hi; ++j, z += rows.z_row) {
-      const Range in = window(m, x, n, c, j, [](index_t) {});
-      for (index_t h = in.lo; h < in.hi; ++h) m.highest_rows.data[h - in.lo] = m.v[h];
-      const int count = static_cast<int>(in.hi - in.lo);
-      sized(count, [&](auto a) INLINED {
-        sized(pre.kernel_w,
-              [&](auto b) INLINED { Rows::template maxima<a, b>(m.highest_rows.data, count, pre.kernel_w, rows.z_row, rows.channels, z); });
+      const Range in = window(m, j, [&](index_t h) {
+        if (!as_it_is) rows.activate_row(act, tables, x.row(n, c, h, m.copy.data), c, m.v[h]);
       });
+      const int count = static_cast<int>(in.hi - in.lo);
+      for (index_t h = in.lo; h < in.hi; ++h) {
+        if (as_it_is) m.source_rows.data[h - in.lo] = x.row(n, c, h, nullptr);
+        else m.highest_rows.data[h - in.lo] = m.v[h];
+      }
+      for (index_t e = 0, done = 0; e < rows.row; e += most_run) {
+        const index_t some = min(most_run, rows.row - e);
+        as_it_is ? across(act, m.source_rows.data, count, e, some, highest + rows.left)
+                 : across(Identical{}, m.highest_rows.data, count, e, some, highest + rows.left);
+        const bool last = e + some == rows.row;
+        if (last) rows.surround(highest);  // again, as whole vectors were stored
+        const index_t there = last ? rows.z_row : max(done, (rows.left + e + some - rows.reach) / rows.lanes * rows.lanes);
+        along(highest + done, there - done, z + done);
+        done = there;
+      }
+    }
+  }
+  // highest: of n pixels of some rows, from element e of these on.
+  template <typename How, typename E>
+  void across(const How how, const E* const* of, int count, index_t e, index_t n, acc* highest) const {
+    sized(count, [&](auto k) INLINED { Rows::template across_rows<k>(how, of, count, e, n, highest); });
+  }
+  void along(const acc* highest, index_t n, T* z) const {
+    sized(pre.kernel_w, [&](auto k) INLINED { Rows::template along_row<k>(highest, pre.kernel_w, n, rows.channels, z); });
+  }
+
+  // Planes that follow each other, and maxima with nothing around them: all rows are one run, and z has the width of x. What
+  // begins in the last columns or rows of a plane is no window's, and nobody reads it.
+  index_t x_plane = pre.height * pre.width;
+  bool in_runs = !PIXELS && rows.has_max && rows.is_monotone() && rows.extended == rows.row &&
+                 rows.z_rows == pre.height - pre.kernel_h + 1 && follow_each_other(blur.adjoint ? op.x_stride : blur.src_stride) &&
+                 (!blur.adjoint || pre.width < 64);
+  // Gradients of planes go by runs of some of them, unless one does not fit the first-level cache as its rows do.
+  index_t planes_of_run = max(1, most_run / max(x_plane, 1));
+  index_t run_elements() const { return max(most_run, planes_of_run * x_plane) + 2 * pre.kernel_h * pre.width + rows.reach; }
+  bool follow_each_other(const Strides& s) const {
+    return rows.rows_of(nullptr, s).follow_each_other() && (blur.channels == 1 || s.c == x_plane) &&
+           (blur.batch == 1 || s.n == blur.channels * x_plane);
+  }
+  // z of the n pixels from x on.
+  void prepare_run(Memory& m, const T* x, index_t n, T* z) const {
+    const index_t reach = (pre.kernel_h - 1) * pre.width + rows.reach;
+    for (; n > reach; x += most_run, z += most_run, n -= most_run) {
+      const index_t some = min(most_run, n - reach);
+      for (int a = 0; a < pre.kernel_h; ++a) m.source_rows.data[a] = x + a * pre.width;
+      across(act, m.source_rows.data, pre.kernel_h, 0, some + rows.reach, m.highest[0]);
+      along(m.highest[0], some, z);
     }
   }
 
@@ -164,29 +223,73 @@ struct Side {
     }
   }
 
+  // dx of `planes` planes, of which `first` is the first, out of the gradient of z.
+  void finish_run(Memory& m, index_t first, index_t planes, const T* g, double* sums) const {
+    const index_t width = pre.width, n = planes * x_plane, above = (pre.kernel_h - 1) * width, windows = n - above - rows.reach;
+    const T* x = static_cast<const T*>(op.x) + first * x_plane;
+    int8_t *const column = m.column[0], *const row = m.row[0] + above;
+    T* const gradient = m.spread.data + above;
+    sized(pre.kernel_w, [&](auto k) INLINED { Rows::template along<k>(x, windows + above, 1, pre.kernel_w, 0, m.highest[0], column); });
+    for (int a = 0; a < pre.kernel_h; ++a) m.highest_rows.data[a] = m.highest[0] + a * width;
+    sized(pre.kernel_h, [&](auto k) INLINED { Rows::template across<k>(m.highest_rows.data, pre.kernel_h, 0, windows, row); });
+    std::memset(row - above, -1, above);
+    for (index_t q = 0; q < planes; ++q) {
+      for (index_t j = 0; j < rows.z_rows; ++j, g += rows.z_row) {
+        const index_t at = q * x_plane + j * width;
+        copy_row(g, rows.z_row, gradient + at);
+        for (index_t e = rows.z_row; e < width; ++e) row[at + e] = -1;
+      }
+      std::memset(row + q * x_plane + rows.z_rows * width, -1, above);
+    }
+    for (int i = 0; i < pre.kernel_h; ++i) {
+      const index_t up = above - i * width;
+      m.winner_rows.data[i] = row - up, m.gradient_rows.data[i] = gradient - up;
+    }
+    sized(pre.kernel_h, [&](auto k) INLINED {
+      Rows::template won_across<k>(m.winner_rows.data, m.gradient_rows.data, pre.kernel_h, pre.kernel_h - 1, n, rows.reach, m.won.data);
+    });
+    sized(pre.kernel_w, [&](auto k) INLINED { Rows::template won_along<k>(column, m.won.data, n, 1, pre.kernel_w, 0, m.dv.data); });
+    for (index_t q = 0; q < planes; ++q) {
+      T* const dx = blur.dst ? static_cast<T*>(blur.dst) + (first + q) * x_plane : nullptr;
+      rows.gradient(act, tables, x + q * x_plane, m.dv.data + q * x_plane, x_plane, (first + q) % blur.channels, dx, m.part.data,
+                    sums ? sums + q * 2 : nullptr);
+    }
+  }
+  // A row, and whatever follows it, to where there is room for that.
+  static constexpr index_t room = 32 / sizeof(T);
+  INLINED static void copy_row(const T* from, index_t n, T* to) {
+    for (index_t e = 0; e < n; e += room) std::memcpy(to + e, from + e, 32);
+  }
+
   void forward(const Parallel& parallel) const {
     parallel(items, 1, [&](index_t begin, index_t end) {
       Memory memory(*this, false);
       const Range most = PIXELS ? longest() : Range{0, blur.rows.in};
-      const index_t z_plane = blur.rows.in * rows.z_row;
-      const Scratch<T> z(PIXELS ? (most.hi - most.lo) * rows.z_row : planes_of_item * z_plane);
+      const index_t z_row = in_runs ? pre.width : rows.z_row, z_plane = in_runs ? x_plane : blur.rows.in * z_row;
+      const Scratch<T> z(PIXELS ? (most.hi - most.lo) * z_row : planes_of_item * z_plane);
       BlurPool part = blur;
       part.batch = 1;
+      Range there{0, 0};
       for (index_t item = begin; item < end; ++item) {
-        if (PIXELS) {
+        if constexpr (PIXELS) {
           const Strides& d = blur.dst_stride;
           const index_t n = item / strips, o = item % strips * rows_of_item, last = min(o + rows_of_item, result_rows);
           const Range in = read_by(blur.rows, o, last);
-          prepare(memory, n, 0, in.lo, in.hi, z.data);
+          // What the strip before has read as well is there already.
+          const index_t had = o && item > begin ? max(there.hi - in.lo, 0) : 0;
+          if (had) std::memmove(z.data, z.data + (in.lo - there.lo) * rows.z_row, had * rows.z_row * sizeof(T));
+          prepare(memory, n, 0, in.lo + had, in.hi, z.data + had * rows.z_row);
+          there = in;
           part.src = z.data - in.lo * rows.z_row, part.src_stride = {0, 1, rows.z_row, rows.channels};
           part.dst = static_cast<T*>(blur.dst) + n * d.n + o * d.h;
           blur_rows(part, o, last);
         } else {
           const index_t first = item * planes_of_item, some = min(planes_of_item, planes - first);
-          for (index_t q = 0; q < some; ++q)
+          if (in_runs) prepare_run(memory, static_cast<const T*>(blur.src) + first * x_plane, some * x_plane, z.data);
+          for (index_t q = 0; q < some && !in_runs; ++q)
             prepare(memory, (first + q) / blur.channels, (first + q) % blur.channels, 0, blur.rows.in, z.data + q * z_plane);
           part.channels = some;
-          part.src = z.data, part.src_stride = {0, z_plane, rows.z_row, 1};
+          part.src = z.data, part.src_stride = {0, z_plane, z_row, 1};
           const index_t y_plane = blur.rows.out * blur.cols.out;
           part.dst = static_cast<T*>(blur.dst) + first * y_plane, part.dst_stride = {0, y_plane, blur.cols.out, 1};
           blur_pool(part, serial);
@@ -203,12 +306,12 @@ struct Side {
     parallel(items, 1, [&](index_t begin, index_t end) {
       Memory memory(*this, true);
       const index_t z_plane = blur.rows.in * rows.z_row;
-      const Scratch<T> g(PIXELS ? min(rows_of_item + pre.kernel_h - 1, blur.rows.in) * rows.z_row : planes_of_item * z_plane);
+      const Scratch<T> g(PIXELS ? min(rows_of_item + pre.kernel_h - 1, blur.rows.in) * rows.z_row : planes_of_item * z_plane + room);
       BlurPool part = blur;
       part.batch = 1, part.dst = g.data;
       for (index_t item = begin; item < end; ++item) {
         const Strides& s = blur.src_stride;
-        if (PIXELS) {
+        if constexpr (PIXELS) {
           const index_t n = item / strips, h = item % strips * rows_of_item, last = min(h + rows_of_item, result_rows);
           const index_t lo = max(h + pre.top - pre.kernel_h + 1, 0), hi = max(lo, min(last + pre.top, blur.rows.in));
           part.src = static_cast<const T*>(blur.src) + n * s.n;
@@ -226,11 +329,15 @@ struct Side {
             part.dst = g.data + q * z_plane, part.dst_stride = {0, z_plane, rows.z_row, 1};
             blur_pool(part, serial);
           }
-          for (index_t q = 0; q < some; ++q)
+          for (index_t q = 0; q < some && in_runs; q += planes_of_run)
+            finish_run(memory, first + q, min(planes_of_run, some - q), g.data + q * z_plane,
+                       op.sums ? sums.data + (first + q) * 2 : nullptr);
+          for (index_t q = 0; q < some && !in_runs; ++q)
             finish(memory, (first + q) / blur.channels, (first + q) % blur.channels, 0, result_rows, g.data + q * z_plane, 0,
                    op.sums ? sums.data + (first + q) * 2 : nullptr);
         }
       }
+      settle();
     });
     if (!op.sums) return;
     acc* total = static_cast<acc*>(op.sums);
@@ -254,8 +361,22 @@ struct Side {
   }
 };
 
+// Without a maximum or a gradient, the blur's own kernels on x, whose pixels are activated as they are loaded.
+template <typename T>
+bool in_one_go(const MaxBlurPool& op, const Parallel& parallel) {
+  const BlurPool& blur = op.blur;
+  if (blur.adjoint || op.pre.kernel_h > 1 || op.pre.kernel_w > 1) return false;
+  if constexpr (is_tuned<acc_t<T>>)
+    return as_loaded<T>(op.pre, blur.channels, [&](const auto& pre) {
+      if (is_pixels(blur)) blur_pixels<T, false>(blur, parallel, pre, 0, blur.batch * blur.rows.out);
+      else blur_planes<T, false>(blur, parallel, pre);
+    });
+  return false;
+}
+
 template <typename T>
 void max_blur_pool_of(const MaxBlurPool& op, const Parallel& parallel) {
+  if (in_one_go<T>(op, parallel)) return;
   // The order of the prepared map is that of y, or of dx.
   const Strides& s = op.blur.dst ? op.blur.dst_stride : op.x_stride;
   const bool pixels = op.blur.channels > 1 && s.c == 1;

@@ -16,6 +16,11 @@ INLINED inline auto gathered(const T* p, index_t stride, index_t n, Load&& load)
   return load(copy);
 }
 
+// Whether the channels of a result's pixel lie side by side (NHWC), rather than the pixels of a row.
+inline bool is_pixels(const BlurPool& op) {
+  return op.dst_stride.c == 1 && (op.dst_stride.w != 1 || (op.adjoint ? op.cols.in : op.cols.out) == 1);
+}
+
 // Whole or partial vectors in natural order, or units in the order of T.
 template <bool by_units, typename T>
 INLINED inline auto load(const T* p) {
@@ -47,9 +52,9 @@ INLINED inline void own_soon(const void* results, int bytes) {
 
 // Results on their way to memory. Where sources and results are together more than a cache holds, results bypass it:
 // otherwise every line of them would be read before it is written.
+constexpr index_t cached_bytes = index_t(48) << 20;
 template <typename T>
 inline bool bypasses_caches(const BlurPool& op) {
-  constexpr index_t cached_bytes = index_t(48) << 20;
   return op.batch * op.channels * (op.rows.in * op.cols.in + op.rows.out * op.cols.out) * index_t(sizeof(T)) > cached_bytes;
 }
 

@@ -171,7 +171,8 @@ struct Pixels {
         const Pre how = pre;
         const auto at = [=](index_t u, index_t from, auto&& load) INLINED {
           const index_t channel = first + u % in_run;
-          Lanes<acc>::store(to + u, sources.sum(from, channel, [&](const T* p) INLINED { return how.pixel(load(p), channel); }));
+          const auto prepared = how.pixel(channel);
+          Lanes<acc>::store(to + u, sources.sum(from, channel, [&](const T* p) INLINED { return prepared(load(p)); }));
         };
         if (stride != 1) {
           for (index_t u = 0; u < n; u += unit)
@@ -204,24 +205,26 @@ struct ChannelTaps {
   }
 };
 
-// Rows [begin, end) of the results, those of all images counted through.
+// Rows [begin, end) of the results, those of all images counted through, by taps W: a number each, or one for every channel.
+template <typename T, bool ADJOINT, typename W, typename Pre>
+void blur_pixels_by(const W* taps_h, const W* taps_w, const BlurPool& op, const Parallel& parallel, const Pre& pre, index_t begin,
+                    index_t end) {
+  const Pixels<T, ADJOINT, W, Pre> pixels{op, pre};
+  AxisTerms<ADJOINT, W> rows(op.rows, op.src_stride.h), cols(op.cols, pixels.some_channels);
+  rows.set_taps(taps_h), cols.set_taps(taps_w);
+  parallel(end - begin, max(1, grain_pixels / max(op.cols.in * op.channels, 1)),
+           [&](index_t first, index_t last) INLINED { pixels.run(begin + first, begin + last, rows, cols); });
+}
 template <typename T, bool ADJOINT, typename Pre>
 void blur_pixels(const BlurPool& op, const Parallel& parallel, const Pre& pre, index_t begin, index_t end) {
-  using acc = acc_t<T>;
-  const auto run = [&](const auto* taps_h, const auto* taps_w) INLINED {
-    using W = std::remove_cv_t<std::remove_reference_t<decltype(*taps_h)>>;
-    const Pixels<T, ADJOINT, W, Pre> pixels{op, pre};
-    AxisTerms<ADJOINT, W> rows(op.rows, op.src_stride.h), cols(op.cols, pixels.some_channels);
-    rows.set_taps(taps_h), cols.set_taps(taps_w);
-    parallel(end - begin, max(1, grain_pixels / max(op.cols.in * op.channels, 1)),
-             [&](index_t first, index_t last) INLINED { pixels.run(begin + first, begin + last, rows, cols); });
-  };
-  if (op.per_channel) {
-    const ChannelTaps<T> taps_h(op.taps_h, op.channels, op.rows.taps), taps_w(op.taps_w, op.channels, op.cols.taps);
-    run(taps_h.rows.data, taps_w.rows.data);
-  } else {
-    run(static_cast<const acc*>(op.taps_h), static_cast<const acc*>(op.taps_w));
-  }
+  const auto *taps_h = static_cast<const acc_t<T>*>(op.taps_h), *taps_w = static_cast<const acc_t<T>*>(op.taps_w);
+  blur_pixels_by<T, ADJOINT>(taps_h, taps_w, op, parallel, pre, begin, end);
+}
+template <typename T, bool ADJOINT, typename Pre>
+void blur_pixels_per_channel(const BlurPool& op, const Parallel& parallel, const Pre& pre, index_t begin, index_t end) {
+  const ChannelTaps<T> taps_h(op.taps_h, op.channels, op.rows.taps), taps_w(op.taps_w, op.channels, op.cols.taps);
+  const auto rows_of = [](const ChannelTaps<T>& taps) { return static_cast<const acc_t<T>* const*>(taps.rows.data); };
+  blur_pixels_by<T, ADJOINT>(rows_of(taps_h), rows_of(taps_w), op, parallel, pre, begin, end);
 }
 
 }  // namespace

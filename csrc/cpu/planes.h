@@ -10,8 +10,11 @@ namespace {
 
 template <typename T, bool ADJOINT, typename Pre>
 void blur_planes(const BlurPool& op, const Parallel& parallel, const Pre& pre) {
-  using Side = std::conditional_t<ADJOINT, Adjoint<T, Pre>, Forward<T, Pre>>;
-  const Side side(op, pre);
+  const auto side = [&] {
+    if constexpr (ADJOINT) return Adjoint<T>(op);
+    else return Forward<T, Pre>(op, pre);
+  }();
+  using Side = std::remove_cv_t<decltype(side)>;
   const Cut& cut = side.cut;
   const index_t out_rows = results<ADJOINT>(op.rows), out_cols = results<ADJOINT>(op.cols), planes = op.batch * op.channels;
   parallel(planes * cut.strips, max(1, grain_pixels / max(cut.rows * (ADJOINT ? op.cols.in : op.cols.in * op.rows.stride), 1)),

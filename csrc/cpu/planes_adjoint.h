@@ -7,14 +7,13 @@ namespace aliasfused {
 namespace AF_ISA {
 namespace {
 
-template <typename T, typename Pre>
+template <typename T>
 struct Adjoint : PlanesBase<T> {
   using Base = PlanesBase<T>;
   using Base::op, Base::window;
   using typename Base::acc, typename Base::V;
   static constexpr index_t goal = 8192;  // results
 
-  const Pre& pre;
   const index_t in_w, out_w;  // of the blur: the result is in_w wide
   const int k, s, past;       // of the rows; the source rows before its own that a row reads
   int together = 1;           // short rows of the result that are made as one
@@ -22,9 +21,8 @@ struct Adjoint : PlanesBase<T> {
   Cut cut;
   index_t held, plane_pitch, phase_pitch;  // buffered source rows of a plane, and their elements
 
-  Adjoint(const BlurPool& o, const Pre& p)
+  explicit Adjoint(const BlurPool& o)
       : Base{o},
-        pre(p),
         in_w(o.cols.in),
         out_w(o.cols.out),
         k(o.rows.taps),
@@ -206,13 +204,10 @@ struct Adjoint : PlanesBase<T> {
                       out_w,
                       lines,
                       line,
-                      cut.strips == 1 ? plane_pitch - (end - begin) * out_w : (last - end) * out_w,
-                      piece.c};
+                      cut.strips == 1 ? plane_pitch - (end - begin) * out_w : (last - end) * out_w};
     std::memset(source, 0, (begin - first) * out_w * sizeof(acc));
-    if (stride.w == 1) widen_planes(widen, piece.planes, pre);
-    else
-      widen_lines(widen, piece.planes,
-                  [&](const T* p, index_t x, index_t n, index_t c) INLINED { return pre.row(this->load_some(p + x * stride.w, n), c); });
+    if (stride.w == 1) widen_planes(widen, piece.planes);
+    else widen_lines(widen, piece.planes, [&](const T* p, index_t x, index_t n) INLINED { return this->load_some(p + x * stride.w, n); });
     const index_t rows = piece.end - piece.begin;
     Spread all{m.sums.data, results, piece.planes, plane_pitch, &row[0], rows, in_w, &m.columns.pattern[0], together, 0, 0, 0, 0, ahead_of};
     if (m.together) {
@@ -269,8 +264,7 @@ struct Adjoint : PlanesBase<T> {
           for (index_t x = 0; x < out_w; x += V::lanes) {
             typename V::type v{};
             for (index_t t = 0; t < border.terms; ++t)
-              v += pre.row(this->load_some(src + q * op.src_stride.c + terms[t].row * op.src_stride.h + x * op.src_stride.w, out_w - x),
-                           piece.c + q) *
+              v += this->load_some(src + q * op.src_stride.c + terms[t].row * op.src_stride.h + x * op.src_stride.w, out_w - x) *
                    terms[t].weight;
             Lanes<acc>::store_vector(to + q * plane_pitch + x, v, min(out_w - x, V::lanes));
           }
@@ -291,7 +285,7 @@ struct Adjoint : PlanesBase<T> {
   struct Widen {
     const T* src;
     acc* to;
-    index_t plane_stride, plane_pitch, stride, pitch, lines, length, zeros, channel;
+    index_t plane_stride, plane_pitch, stride, pitch, lines, length, zeros;
   };
   template <typename Load>
   INLINED static void widen_lines(const Widen a, index_t planes, Load&& load) {
@@ -301,13 +295,13 @@ struct Adjoint : PlanesBase<T> {
       const T* p = plane;
       acc* to = sums;
       for (index_t l = 0; l < a.lines; ++l, p += a.stride, to += a.pitch)
-        for (index_t x = 0; x < a.length; x += V::lanes) V::store(to + x, load(p, x, a.length - x, a.channel + q));
+        for (index_t x = 0; x < a.length; x += V::lanes) V::store(to + x, load(p, x, a.length - x));
       for (index_t x = 0; x < a.zeros; x += V::lanes) V::store(sums + a.lines * a.length + x, typename V::type{});
     }
   }
-  NOINLINED static void widen_planes(const Widen a, index_t planes, const Pre pre) {
-    widen_lines(a, planes, [=](const T* p, index_t x, index_t n, index_t c) INLINED {
-      return pre.row(n >= V::lanes ? Lanes<T>::load_vector(p + x) : Lanes<T>::load_vector(p + x, n), c);
+  NOINLINED static void widen_planes(const Widen a, index_t planes) {
+    widen_lines(a, planes, [=](const T* p, index_t x, index_t n) INLINED {
+      return n >= V::lanes ? Lanes<T>::load_vector(p + x) : Lanes<T>::load_vector(p + x, n);
     });
   }
 

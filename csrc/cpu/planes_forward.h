@@ -15,21 +15,21 @@ struct Forward : PlanesBase<T> {
   static constexpr index_t goal = 6144;  // buffered sums
 
   const Pre& pre;
-  const index_t in_w, out_w;
-  const int k, s;    // of the rows
-  index_t in_block;  // results of a block
-  int together = 1;  // short rows that are filtered as one
+  const index_t in_w, out_w, in_pitch;  // in_pitch: from row to row
+  const int k, s;                       // of the rows
+  index_t in_block;                     // results of a block
+  int together = 1;                     // short rows that are filtered as one
   index_t pitch, phase_pitch = 0, plane_pitch = 0;
   Cut cut;
 
   Forward(const BlurPool& o, const Pre& p)
-      : Base{o}, pre(p), in_w(o.cols.in), out_w(o.cols.out), k(o.rows.taps), s(o.rows.stride), cut(cut_of()) {}
+      : Base{o}, pre(p), in_w(o.cols.in), out_w(o.cols.out), in_pitch(o.src_stride.h), k(o.rows.taps), s(o.rows.stride), cut(cut_of()) {}
 
   Cut cut_of() {
     const index_t fit = (window - op.cols.taps) / op.cols.stride + 1;
     in_block = in_w > window && op.cols.taps <= window && fit >= V::lanes / 2 ? min(fit, V::lanes) : V::lanes;
-    if (op.src_stride.w == 1 && op.src_stride.h == in_w && s <= 2 && op.rows.in * out_w <= goal)
-      together = max(1, min(window / in_w, V::lanes / out_w) / s * s);
+    if (op.src_stride.w == 1 && in_w <= in_pitch && in_w <= window && s <= 2 && op.rows.in * out_w <= goal)
+      together = max(1, min((window - in_w) / in_pitch + 1, V::lanes / out_w) / s * s);
     pitch = together > 1 || out_w <= in_block ? out_w : round_up(out_w, V::lanes) + V::lanes;
     // As many rows as keep what two strips both need small.
     const Cut c(op.rows.out, max(8, (goal / pitch - k) / s), op.rows.out * s * pitch, goal);
@@ -89,9 +89,9 @@ struct Forward : PlanesBase<T> {
     if (together > 1) {
       // Rows of one phase side by side.
       const int each = together / s * out_w;
-      return columns.template add<T>(0, 1, s * each, together * in_w, [&](int i, auto&& visit) INLINED {
+      return columns.template add<T>(0, 1, s * each, (together - 1) * in_pitch + in_w, [&](int i, auto&& visit) INLINED {
         const index_t row = i % each / out_w * s + i / each;
-        axis.inputs_of(i % out_w, [&](index_t x, int q) INLINED { visit(row * in_w + x, taps[q]); });
+        axis.inputs_of(i % out_w, [&](index_t x, int q) INLINED { visit(row * in_pitch + x, taps[q]); });
       });
     }
     // Interior: no tap sees a border, and no window is cut off at the end of the row.
@@ -172,47 +172,50 @@ struct Forward : PlanesBase<T> {
     for (int i = 0; i < V::lanes; ++i) shift[i] = min(shift[i], V::lanes - 1);
     const T* plane = a.src + a.pattern.base;
     acc* sums = a.sums + a.result;
-    for (index_t q = 0; q < a.planes; ++q, plane += a.plane_stride, sums += a.plane_pitch)
+    for (index_t q = 0; q < a.planes; ++q, plane += a.plane_stride, sums += a.plane_pitch) {
+      const auto prepared = pre.row(a.channel + q);
       for (const Step *step = a.steps, *end = step + a.rows; step < end; ++step) {
         const T* p = plane + step->row * a.row_stride;
         acc *to = sums + step->to, *other = HALVES == 2 ? sums + step->other : nullptr;
         for (index_t r = a.repeats; r > 0; --r, p += a.source_step, to += a.result_step) {
           __builtin_prefetch(reinterpret_cast<const char*>(p) + a.ahead, 0, 2);
           if (sizeof(T) > 2) __builtin_prefetch(reinterpret_cast<const char*>(p) + a.ahead + 64, 0, 2);
-          const Unit<acc> u = pre.row(Lanes<T>::load(p), a.channel + q);
+          const Unit<acc> u = prepared(Lanes<T>::load(p));
           const auto v = sum({in_register(u.a), in_register(u.b)});
           HALVES ? V::store_half(to, v) : V::store(to, v);
           if (HALVES == 2) V::store_half(other, __builtin_shuffle(v, shift));
         }
       }
+    }
   }
 
   // The same where windows end early, where there are several, or where pixels are apart.
   void sum_part_by_part(const Piece& piece, const Memory& m, const typename Memory::Strip& strip,
                         const typename Columns<acc>::Block& block) const {
     const index_t stride = op.src_stride.w;
-    for (int q = 0; q < piece.planes; ++q)
+    for (int q = 0; q < piece.planes; ++q) {
+      const auto prepared = pre.row(piece.c + q);
       for (index_t i = 0; i < strip.steps.size(); ++i) {
         const Step& step = strip.steps[i];
         const T* row = this->plane(piece.n, piece.c + q) + step.row * op.src_stride.h;
         acc* sums = m.buffer.data + q * plane_pitch;
-        const index_t limit = in_w * min(together, op.rows.in - step.row);
+        const index_t limit = in_pitch * (min(together, op.rows.in - step.row) - 1) + in_w;
         for (index_t r = 0; r < block.repeats; ++r) {
           typename V::type v{};
           for (index_t w = 0; w < block.patterns; ++w) {
             const Pattern<acc>& pattern = m.columns.pattern[block.pattern + w];
             const index_t x = pattern.base + r * m.columns.source_step, n = min(limit - x, window);
             const T* p = row + x * stride;
-            v += pattern.part(pre.row(stride != 1  ? gathered(p, stride, n, [](const T* copy) { return Lanes<T>::load(copy); })
-                                      : n < window ? Lanes<T>::load(p, n)
-                                                   : Lanes<T>::load(p),
-                                      piece.c + q));
+            v += pattern.part(prepared(stride != 1  ? gathered(p, stride, n, [](const T* copy) { return Lanes<T>::load(copy); })
+                                       : n < window ? Lanes<T>::load(p, n)
+                                                    : Lanes<T>::load(p)));
           }
           V::store(sums + step.to + block.result + r * m.columns.result_step, v);
           if (together > 1 && s == 2)
             for (int lane = together / 2 * out_w; lane < V::lanes; ++lane) sums[step.other + lane - together / 2 * out_w] = v[lane];
         }
       }
+    }
   }
 };
 

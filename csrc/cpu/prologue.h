@@ -22,24 +22,59 @@ INLINED inline Vec<float> higher(Vec<float> a, Vec<float> b) {
 }
 INLINED inline Vec<double> higher(Vec<double> a, Vec<double> b) { return (a > b) | (a != a) ? a : b; }
 
-// v in the lanes whose byte is `number`, elsewhere 0. (Compilers widen bytes one by one.)
-INLINED inline Vec<float> where_equal(const int8_t* bytes, int number, Vec<float> v) {
+// sum + v in the lanes whose byte is `number`. (Compilers widen bytes one by one.)
+INLINED inline Vec<float> add_where_equal(Vec<float> sum, const int8_t* bytes, int number, Vec<float> v) {
 #if defined(__AVX512BW__)
   const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  return _mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(all, _mm_set1_epi8(static_cast<char>(number))), v);
+  return _mm512_mask_add_ps(sum, _mm_cmpeq_epi8_mask(all, _mm_set1_epi8(static_cast<char>(number))), sum, v);
 #elif defined(__AVX2__)
   const __m128i all = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
   const __m128i equal = _mm_cmpeq_epi8(all, _mm_set1_epi8(static_cast<char>(number)));
-  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cvtepi8_epi32(equal)), v);
+  return sum + _mm256_and_ps(_mm256_castsi256_ps(_mm256_cvtepi8_epi32(equal)), v);
 #else
-  for (int i = 0; i < Vector<float>::lanes; ++i) v[i] = bytes[i] == number ? v[i] : 0;
-  return v;
+  for (int i = 0; i < Vector<float>::lanes; ++i) sum[i] += bytes[i] == number ? v[i] : 0;
+  return sum;
 #endif
 }
-INLINED inline Vec<double> where_equal(const int8_t* bytes, int number, Vec<double> v) {
-  for (int i = 0; i < Vector<double>::lanes; ++i) v[i] = bytes[i] == number ? v[i] : 0;
-  return v;
+INLINED inline Vec<double> add_where_equal(Vec<double> sum, const int8_t* bytes, int number, Vec<double> v) {
+  for (int i = 0; i < Vector<double>::lanes; ++i) sum[i] += bytes[i] == number ? v[i] : 0;
+  return sum;
 }
+
+// The highest of some values, and which of them it is, as a byte: the first of equals, or the last nan.
+template <typename acc>
+struct Highest {
+  using V = Vector<acc>;
+  typedef int8_t Bytes __attribute__((vector_size(V::lanes)));
+  Vec<acc> value;
+  typename V::index number;
+
+  INLINED Highest(Vec<acc> v, int n) : value(v), number(typename V::index{} + n) {}
+  INLINED void meet(Vec<acc> v, int n) {
+    const auto wins = (v > value) | (v != v);
+    value = wins ? v : value;
+    number = wins ? typename V::index{} + n : number;
+  }
+  INLINED void store_number(int8_t* p) const {
+    const Bytes bytes = __builtin_convertvector(number, Bytes);
+    std::memcpy(p, &bytes, sizeof bytes);
+  }
+};
+#if defined(__AVX512BW__)
+template <>
+struct Highest<float> {
+  Vec<float> value;
+  __m128i number;
+
+  INLINED Highest(Vec<float> v, int n) : value(v), number(_mm_set1_epi8(static_cast<char>(n))) {}
+  INLINED void meet(Vec<float> v, int n) {
+    const __mmask16 wins = _mm512_cmp_ps_mask(v, value, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    value = _mm512_mask_mov_ps(value, wins, v);
+    number = _mm_mask_mov_epi8(number, wins, _mm_set1_epi8(static_cast<char>(n)));
+  }
+  INLINED void store_number(int8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), number); }
+};
+#endif
 
 // (x - center) * scale + shift, a vector of channels.
 template <typename acc>
@@ -52,7 +87,6 @@ template <typename T, bool PIXELS>
 struct PrologueRows {
   using acc = acc_t<T>;
   using V = Vector<acc>;
-  using Bits = typename V::index;
   static constexpr int lanes = V::lanes;
 
   const MaxBlurPool& op;
@@ -64,6 +98,8 @@ struct PrologueRows {
   index_t left = pre.left * channels;
   index_t extended = z_row + reach;  // a row of v with its border
   bool has_max = pre.kernel_h > 1 || pre.kernel_w > 1;
+  // Gradients of x as vectors that are whole lines of a cache bypass it where it cannot hold x and them.
+  bool bypass = 2 * op.blur.batch * op.blur.channels * pre.height * pre.width * index_t(sizeof(T)) > cached_bytes;
 
   MapRows<T> rows_of(const void* x, const Strides& s) const { return {x, s, pre.height, pre.width, channels}; }
 
@@ -121,26 +157,52 @@ struct PrologueRows {
   NOINLINED void activate_alone(const A act, const Tables& tables, const T* x, index_t elements, index_t c, T* z) const {
     activate(act, tables, x, elements, c, [=](index_t e, Vec<acc> v, int n) INLINED { store(z + e, v, n); });
   }
-  // v of a row of x, -inf around it.
+  // v of a row of x.
   template <typename A>
   NOINLINED void activate_row(const A act, const Tables& tables, const T* x, index_t c, acc* v) const {
+    activate(act, tables, x, row, c, [=](index_t e, Vec<acc> value, int) INLINED { V::store(v + e, value); });
+  }
+  // -inf around a row that begins at v + left.
+  void surround(acc* v) const {
     for (index_t e = 0; e < left; ++e) v[e] = -acc(__builtin_inf());
-    activate(act, tables, x, row, c, [to = v + left](index_t e, Vec<acc> value, int) INLINED { V::store(to + e, value); });
     for (index_t e = left + row; e < extended + lanes; ++e) v[e] = -acc(__builtin_inf());
   }
 
-  // z, rounded: the maximum of `rows` rows of v and k pixels of each.
-  template <int ROWS, int K>
-  NOINLINED static void maxima(const acc* const* v, int rows, int k, index_t n, index_t step, T* z) {
-    const int height = ROWS ? ROWS : rows, width = K ? K : k;
-    const acc* from[ROWS ? ROWS : 1];
-    for (int a = 0; a < ROWS; ++a) from[a] = v[a];
+  // A maximum may be taken of x itself where that makes no difference: if x < y then v(x) <= v(y), and where v(x) = v(y) neither
+  // has a slope.
+  bool is_monotone() const { return !pre.affine && (pre.act == Act::none || pre.act == Act::relu || pre.act == Act::relu6); }
+
+  static constexpr int ahead = 16384;  // bytes that are asked for before they are read
+
+  // Forward, maxima are taken across rows first: each pixel of v is loaded once for all windows that it is in side by side.
+
+  // highest: of n pixels, from `begin` on, of `rows` rows, which are those of v, or those of x and activated afterwards.
+  template <int ROWS, typename A, typename E>
+  NOINLINED static void across_rows(const A act, const E* const* of, int rows, index_t begin, index_t n, acc* highest) {
+    const int height = ROWS ? ROWS : rows;
+    const E* from[ROWS ? ROWS : 1];
+    for (int a = 0; a < ROWS; ++a) from[a] = of[a];
+    const E* const newest = of[height - 1];
+    const auto some = [=](index_t e, auto&& load_from) INLINED {
+      if (std::is_same_v<E, T>) __builtin_prefetch(reinterpret_cast<const char*>(newest + e) + ahead, 0, 2);
+      Vec<acc> m = load_from((ROWS ? from[0] : of[0]) + e);
+#pragma GCC unroll 4
+      for (int a = 1; a < height; ++a) m = higher(load_from((ROWS ? from[ROWS ? a : 0] : of[a]) + e), m);
+      V::store(highest + e, act.value(m));
+    };
+    index_t e = begin;
+    const index_t end = begin + n;
+    for (; e + lanes <= end; e += lanes) some(e, [](const E* p) INLINED { return Lanes<E>::load_vector(p); });
+    if (e < end) some(e, [left = static_cast<int>(end - e)](const E* p) INLINED { return Lanes<E>::load_vector(p, left); });
+  }
+  // z, rounded: the maximum of k pixels.
+  template <int K>
+  NOINLINED static void along_row(const acc* v, int k, index_t n, index_t step, T* z) {
+    const int width = K ? K : k;
     const auto put = [=](index_t e, int some) INLINED {
-      Vec<acc> m = V::load((ROWS ? from[0] : v[0]) + e);
+      Vec<acc> m = V::load(v + e);
 #pragma GCC unroll 4
-      for (int a = 0; a < height; ++a)
-#pragma GCC unroll 4
-        for (int b = a ? 0 : 1; b < width; ++b) m = higher(V::load((ROWS ? from[ROWS ? a : 0] : v[a]) + e + b * step), m);
+      for (int b = 1; b < width; ++b) m = higher(V::load(v + e + b * step), m);
       store(z + e, m, some);
     };
     index_t e = 0;
@@ -151,25 +213,24 @@ struct PrologueRows {
   // For gradients a maximum is taken along rows first, then across them; each keeps the order in which equals are decided. Which
   // pixel of its row a maximum is, and which row, are numbers in bytes; -1 is none.
 
-  // highest: of every window of a row of v, and its pixel, of which there is none behind either end.
-  template <int K>
-  NOINLINED static void along(const acc* v, index_t n, index_t step, int k, index_t pixels_ahead, acc* highest, int8_t* which) {
+  // highest: of every window of a row of v, or of x with nothing around it, and its pixel, of which there is none behind either
+  // end.
+  template <int K, typename E>
+  NOINLINED static void along(const E* v, index_t n, index_t step, int k, index_t pixels_ahead, acc* highest, int8_t* which) {
     const int count = K ? K : k;
     const index_t reach = step * (count - 1);
-    const auto some = [=](index_t begin, index_t end, int first) INLINED {
-      for (index_t e = begin; e < end; e += lanes) {
-        Vec<acc> m = V::load(v + e + first * step);
-        Bits best = Bits{} + first;
+    const auto one = [=](index_t e, int first, auto&& load_from) INLINED {
+      if (std::is_same_v<E, T>) __builtin_prefetch(reinterpret_cast<const char*>(v + e) + ahead, 0, 2);
+      Highest<acc> best(load_from(v + e + first * step), first);
 #pragma GCC unroll 4
-        for (int b = first + 1; b < count; ++b) {
-          const Vec<acc> value = V::load(v + e + b * step);
-          const auto wins = (value > m) | (value != value);
-          m = wins ? value : m;
-          best = wins ? Bits{} + b : best;
-        }
-        V::store(highest + e, m);
-        store_bytes(which + reach + e, best);
-      }
+      for (int b = first + 1; b < count; ++b) best.meet(load_from(v + e + b * step), b);
+      V::store(highest + e, best.value);
+      best.store_number(which + reach + e);
+    };
+    const auto some = [=](index_t begin, index_t end, int first) INLINED {
+      index_t e = begin;
+      for (; e + lanes <= end; e += lanes) one(e, first, [](const E* p) INLINED { return Lanes<E>::load_vector(p); });
+      if (e < end) one(e, first, [left = static_cast<int>(end - e)](const E* p) INLINED { return Lanes<E>::load_vector(p, left); });
     };
     // Of windows that begin ahead of x the first pixel is the first one in x, should all be -inf.
     const index_t ahead = min(pixels_ahead, n / step);
@@ -186,16 +247,10 @@ struct PrologueRows {
     const acc* from[K ? K : 1];
     for (int a = 0; a < K; ++a) from[a] = highest[a];
     for (index_t e = 0; e < n; e += lanes) {
-      Vec<acc> m = V::load((K ? from[0] : highest[0]) + e);
-      Bits best = Bits{} + first;
+      Highest<acc> best(V::load((K ? from[0] : highest[0]) + e), first);
 #pragma GCC unroll 4
-      for (int a = 1; a < count; ++a) {
-        const Vec<acc> value = V::load((K ? from[K ? a : 0] : highest[a]) + e);
-        const auto wins = (value > m) | (value != value);
-        m = wins ? value : m;
-        best = wins ? Bits{} + (first + a) : best;
-      }
-      store_bytes(which + e, best);
+      for (int a = 1; a < count; ++a) best.meet(V::load((K ? from[K ? a : 0] : highest[a]) + e), first + a);
+      best.store_number(which + e);
     }
   }
 
@@ -204,17 +259,21 @@ struct PrologueRows {
   template <int K>
   NOINLINED static void won_across(const int8_t* const* which, const T* const* g, int rows, int first, index_t n, index_t reach, acc* won) {
     const int count = K ? K : rows;
-    for (index_t e = 0; e < reach; ++e) won[e] = 0;
-    for (index_t e = 0; e < n; e += lanes) {
+    const int8_t* winner[K ? K : 1];
+    const T* gradient[K ? K : 1];
+    for (int i = 0; i < K; ++i) winner[i] = which[i], gradient[i] = g[i];
+    const auto some = [=](index_t e, int most) INLINED {
       Vec<acc> sum{};
 #pragma GCC unroll 4
-      for (int i = 0; i < count; ++i) {
-        const Vec<acc> value = load(g[i] + e, static_cast<int>(min(n - e, lanes)));
-        sum += where_equal(which[i] + e, first - i, value);
-      }
+      for (int i = 0; i < count; ++i)
+        sum = add_where_equal(sum, (K ? winner[K ? i : 0] : which[i]) + e, first - i, load((K ? gradient[K ? i : 0] : g[i]) + e, most));
       V::store(won + reach + e, sum);
-    }
-    for (index_t e = n + reach; e < n + 2 * reach + lanes; ++e) won[e] = 0;
+    };
+    for (index_t e = 0; e < reach; ++e) won[e] = 0;
+    index_t e = 0;
+    for (; e + lanes <= n; e += lanes) some(e, lanes);
+    if (e < n) some(e, static_cast<int>(n - e));
+    for (e = n + reach; e < n + 2 * reach + lanes; ++e) won[e] = 0;
   }
 
   // dv: of those what the pixels of the row have won. Its first pixel is pixel `left` of the first window's row.
@@ -227,32 +286,38 @@ struct PrologueRows {
 #pragma GCC unroll 4
       for (int b = 0; b < count; ++b) {
         const index_t at = start + e - b * step;
-        sum += where_equal(which + at, b, V::load(won + at));
+        sum = add_where_equal(sum, which + at, b, V::load(won + at));
       }
       V::store(dv + e, sum);
     }
   }
 
-  typedef int8_t Bytes __attribute__((vector_size(lanes)));
-  INLINED static void store_bytes(int8_t* p, Bits bits) {
-    const Bytes bytes = __builtin_convertvector(bits, Bytes);
-    std::memcpy(p, &bytes, sizeof bytes);
-  }
   // dx of some elements from x and dv; what they add to the channels' sums, in `part` (2, channels), goes to `sums`.
   template <typename A, typename G>
   NOINLINED void gradient(const A act, const Tables& tables, const T* x, const G* dv, index_t elements, index_t c, T* dx, acc* part,
                           double* sums) const {
     const bool per_channel = tables.affine || tables.correction || sums;
+    const bool streams = bypass && reinterpret_cast<uintptr_t>(dx) % 64 == 0 && (!PIXELS || !per_channel || channels % lanes == 0);
+    const auto put = [=](T* to, Vec<acc> v, int n) INLINED {
+#if defined(__AVX512BW__)
+      if constexpr (sizeof(T) == 4)
+        if (streams && n == lanes) return _mm512_stream_ps(to, v);
+#endif
+      store(to, v, n);
+    };
+    const auto given = [=](index_t e, int n) INLINED {
+      if constexpr (std::is_same_v<G, T>) return load(dv + e, n);
+      else return V::load(dv + e);
+    };
+    if (!per_channel)
+      return each(elements, c, false, [=](index_t e, int n, index_t) INLINED { put(dx + e, act.slope(load(x + e, n)) * given(e, n), n); });
     const index_t pitch = round_up(channels, lanes);
     if (sums)
       for (index_t i = 0; i < 2 * (PIXELS ? pitch : lanes); ++i) part[i] = 0;
     Vec<acc> sum{}, moment{};
-    each(elements, c, per_channel, [&](index_t e, int n, index_t k) INLINED {
+    each(elements, c, true, [&](index_t e, int n, index_t k) INLINED {
       const Vec<acc> value = load(x + e, n), center = tables.at(0, k);
-      const Vec<acc> u = tables.affine ? tables.affine_of(k)(value) : value;
-      Vec<acc> du = act.slope(u);
-      if constexpr (std::is_same_v<G, T>) du *= load(dv + e, n);
-      else du *= V::load(dv + e);
+      Vec<acc> du = act.slope(tables.affine ? tables.affine_of(k)(value) : value) * given(e, n);
       if (sums) {
         for (int i = n; i < lanes; ++i) du[i] = 0;
         const Vec<acc> m = du * (value - center);
@@ -266,7 +331,7 @@ struct PrologueRows {
       if (!dx) return;
       if (tables.affine) du *= tables.at(1, k);
       if (tables.correction) du += tables.at(3, k) + tables.at(4, k) * (value - center);
-      store(dx + e, du, n);
+      put(dx + e, du, n);
     });
     if (!sums) return;
     if (PIXELS) {

@@ -26,9 +26,10 @@ struct Slide {
   INLINED void each_unit(One&& one) const {
     for (index_t c = 0; c < channels; c += unit) one(min(c, channels - unit));
   }
-  template <int M>
-  INLINED Unit<acc> column(const Sources<M, acc, T>& rows, index_t at, index_t c) const {
-    return rows.sum(at + c, c, [=](const T* p) INLINED { return pre.pixel(Lanes<T>::load(p), c); });
+  // The sum of the rows' pixels `at` elements from their starts, the channels from c on; `prepared` is pre.pixel(c).
+  template <int M, typename Prepared>
+  INLINED static Unit<acc> column(const Sources<M, acc, T>& rows, index_t at, index_t c, const Prepared& prepared) {
+    return rows.sum(at + c, c, [=](const T* p) INLINED { return prepared(Lanes<T>::load(p)); });
   }
   INLINED void put(index_t o, index_t c, Unit<acc> sum) const {
     T* const to = dst + o * dst_pitch + c;
@@ -58,7 +59,8 @@ NOINLINED Ahead slide_forward(const Sources<M, acc_t<T>, T> rows, const Slide<T,
   Window<acc, K> window(taps);
   Unit<acc>(&sum)[K] = window.sum;
   slide.each_unit([&](index_t c) INLINED {
-    const auto column = [&](index_t t) INLINED { return extended[t] < 0 ? Unit<acc>{} : slide.column(rows, extended[t], c); };
+    const auto prepared = slide.pre.pixel(c);
+    const auto column = [&](index_t t) INLINED { return extended[t] < 0 ? Unit<acc>{} : slide.column(rows, extended[t], c, prepared); };
 #pragma GCC unroll 7
     for (int i = fresh; i < K; ++i) sum[i] = column(2 * begin + i - fresh);
     for (index_t o = begin; o < end; ++o) {
@@ -84,7 +86,8 @@ NOINLINED Ahead slide_adjoint(const Sources<M, acc_t<T>, T> rows, const Slide<T,
   Window<acc, K> window(taps);
   Unit<acc>(&sum)[K] = window.sum;
   slide.each_unit([&](index_t c) INLINED {
-    const auto column = [&](index_t q) INLINED { return slide.column(rows, q * slide.src_pitch, c); };
+    const auto prepared = slide.pre.pixel(c);
+    const auto column = [&](index_t q) INLINED { return slide.column(rows, q * slide.src_pitch, c, prepared); };
 #pragma GCC unroll 7
     for (int i = 0; i < reach - 1; ++i) sum[i] = column(begin - 1 - i);
     for (index_t q = begin; q < end; ++q) {
@@ -112,7 +115,9 @@ NOINLINED void put_edges(const Sources<M, acc_t<T>, T> rows, const Slide<T, Pre>
                          const index_t* edge, index_t edge_count, index_t first, index_t last, index_t n, acc_t<T>* sums) {
   using acc = acc_t<T>;
   slide.each_unit([&](index_t c) INLINED {
-    for (index_t i = 0; i < edge_count; ++i) Lanes<acc>::store(sums + edge[i] * pitch, slide.column(rows, edge[i] * slide.src_pitch, c));
+    const auto prepared = slide.pre.pixel(c);
+    for (index_t i = 0; i < edge_count; ++i)
+      Lanes<acc>::store(sums + edge[i] * pitch, slide.column(rows, edge[i] * slide.src_pitch, c, prepared));
     for (index_t o = first ? 0 : last; o < n; o = o + 1 == first ? last : o + 1) {
       const Terms<acc> columns = terms(o);
       Unit<acc> sum = {};
