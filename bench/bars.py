@@ -39,8 +39,8 @@ KEPT_BARS = (
 LAYER_BARS = {
     ("apply", "logits kept"): (1.10, "logits applied at the kept positions"),
     ("apply", "logits everywhere"): (1.30, "logits of all positions applied"),
-    ("layer", "dense"): (2.8, "the whole layer, dense"),
-    ("layer", "dense, zeros"): (1.7, "the whole layer where the predictor needs no padded copy"),
+    # 2.8 with a copy of x with its border; the predictor's is made again.
+    ("layer", "dense"): (1.7, "the whole layer, dense"),
 }
 
 

@@ -27,11 +27,10 @@ BATCH = {"cpu": 8, "cuda": 64}
 # At which the bars are judged.
 CHANNELS = 256
 QUICK_SITE = f"{CHANNELS}@28"
-# Of both parts the first is the released one, which the others are compared with. Beyond the border are zeros in one, where
-# a convolution could do without a padded copy of x.
+# Of both parts the first is the released one, which the others are compared with.
 VARIANTS = {
     "apply": ("released", "logits everywhere", "logits kept"),
-    "layer": ("released", "compat", "dense", "dense, zeros", "strided"),
+    "layer": ("released", "compat", "dense", "strided"),
 }
 
 
@@ -81,7 +80,6 @@ def build(case: Case, device: str, part: str, variant: str) -> nn.Module:
             case.stride,
             groups,
             "joint",
-            pad_mode="zeros" if "zeros" in variant else "reflect",
             predict="strided" if variant == "strided" else "dense",
         )
     layer.load_state_dict(dict(zip(layer.state_dict(), weights.values(), strict=True)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from agreement import assert_agree, bound, convolved, extended, pascal, same
 from aliasfused.compat import adaptive
 from aliasfused.nn import AdaptiveBlurPool2d
+from aliasfused.nn import adaptive_blur_pool as adaptive_module
 
 MODES = ["reflect", "replicate", "zeros", "circular"]
 GOLDEN = sorted((Path(__file__).parent / "golden" / "adaptive").glob("*.npz"))
@@ -244,6 +247,31 @@ def test_it_learns_to_blur_where_there_is_noise():
 # --- what PyTorch does to a module -----------------------------------------------------------------------------------
 
 WAYS = [{}, {"predict": "strided"}, {"vary": "image"}, {"norm_layer": NORMS["group norm"]}]
+
+
+@pytest.mark.parametrize("pad_mode", ("reflect", "zeros"))
+def test_x_with_its_border_is_made_again_for_backward(pad_mode, monkeypatch):
+    """Once training has run forward nobody holds it, and whoever wants it gets the same."""
+    made = []
+
+    def bordered(*arguments):
+        z = original(*arguments)
+        made.append(weakref.ref(z))
+        return z
+
+    original = adaptive_module.bordered
+    layer = AdaptiveBlurPool2d(8, 3, 2, 2, pad_mode=pad_mode).double()
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64, requires_grad=True)
+    wanted = (x, *layer.parameters())
+    monkeypatch.setattr(adaptive_module, "not_kept", lambda *how: contextlib.nullcontext())
+    plain = torch.autograd.grad(layer(x).square().sum(), wanted)
+    monkeypatch.undo()
+    monkeypatch.setattr(adaptive_module, "bordered", bordered)
+    y = layer(x)
+    assert [z() for z in made] == [None]
+    again = torch.autograd.grad(y.square().sum(), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(again, plain, strict=True))
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize("arguments", WAYS)

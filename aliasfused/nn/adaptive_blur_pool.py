@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from .. import filters
 from ..kernels import reference
+from ..ops._library import transformed
 from ..ops._window import PadMode, Stride, check_tensor
 from ..ops.adaptive_blur_pool import Normalize, apply, check
 from . import _blur
@@ -32,6 +34,26 @@ def bordered(x: torch.Tensor, channels: int, radius: int, pad_mode: PadMode) -> 
         raise ValueError(f"x must have shape (N, {channels}, H, W) with pixels in it, got {tuple(x.shape)}")
     alone = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
     return reference.extend(x, [radius] * 4, pad_mode, not alone and radius >= min(x.shape[2:]))
+
+
+def not_kept(z: torch.Tensor, make: Callable[..., torch.Tensor], x: torch.Tensor, *how: Any) -> Any:
+    """Within it autograd keeps x in place of ``z = make(x, *how)``, and makes z again when it is wanted."""
+    watched = transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if type(z) is not torch.Tensor or not torch.is_grad_enabled() or watched:
+        return contextlib.nullcontext()
+    # Not z itself, which would live as long as what knows it.
+    address, shape, source = z.data_ptr(), z.shape, x.detach()
+
+    def pack(saved: torch.Tensor) -> torch.Tensor | None:
+        return None if saved.data_ptr() == address and saved.shape == shape else saved
+
+    def unpack(saved: torch.Tensor | None) -> torch.Tensor:
+        if saved is not None:
+            return saved
+        with torch.no_grad():
+            return make(source, *how)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @torch.fx.wrap
@@ -142,13 +164,16 @@ class Adaptive2d(nn.Module):
         _, stride, _, _, pad_mode = self.geometry()
         conv, norm = self.conv, getattr(self, self._norm)
         image, dense = self.vary == "image", self.predict == "dense"
-        z = bordered(x, conv.in_channels, conv.kernel_size[0] // 2, pad_mode)
+        border = (conv.in_channels, conv.kernel_size[0] // 2, pad_mode)
+        z = bordered(x, *border)
         if self._folds(norm):
             # What is linear may be averaged before it is done.
             z, step = (seen(z, conv.kernel_size[0]), (1, 1)) if image and dense else (z, stride)
             logits = folded(z, conv.weight, step, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
         else:
-            logits = norm(conv(z))
+            with not_kept(z, bordered, x, *border):
+                z = conv(z)
+            logits = norm(z)
         return averaged(logits, x, stride) if image else logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -188,7 +213,8 @@ class AdaptiveBlurPool2d(Adaptive2d):
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
 
-    For backward the blur keeps x and the logits; no filter reaches memory. TorchScript takes it by ``torch.jit.trace`` only.
+    For backward the blur keeps x and the logits; no filter reaches memory, and the predictor's x with its border is made again
+    rather than kept (in eager training). TorchScript takes it by ``torch.jit.trace`` only.
 
     Source: Zou, Xiao, Yu & Lee, Delving Deeper into Anti-aliasing in ConvNets, 2020.
     """
