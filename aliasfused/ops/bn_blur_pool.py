@@ -112,9 +112,7 @@ def _moments_in_steps(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([count, mean, var * count])
 
 
-def _fwd(
-    x: Any, weight: Any, bias: Any, moments: Any, table: Any, eps: float, group: Any, *rest: Any
-) -> torch.Tensor:
+def _fwd(x: Any, weight: Any, bias: Any, moments: Any, table: Any, eps: float, group: Any, *rest: Any) -> torch.Tensor:
     return max_blur_pool.fwd(x, table, *rest)
 
 
