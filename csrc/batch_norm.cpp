@@ -30,20 +30,24 @@ struct OnCuda {
 
 Numbers numbers(const Tensor& t) { return {t.data_ptr(), t.scalar_type() == ScalarType::Double}; }
 
-// A tensor's numbers as kernels take them, and what of them must stay alive during the call. `rows` of 0: one dimension.
+// A tensor's numbers as kernels take them, and what of them must stay alive during the call.
 struct Held {
   Tensor own, held;
 
   Held() = default;
-  Held(const Tensor& t, int64_t rows, int64_t channels, const Tensor& like, const char* name) : own(t), held(t) {
+  // Of a dtype that kernels know.
+  Held(const Tensor& t, ScalarType dtype) : own(t), held(t) {
+    if (t.scalar_type() == dtype && t.is_contiguous()) return;
+    held = torch::stable::new_empty(t, t.sizes(), dtype);
+    torch::stable::copy_(held, t);
+  }
+  // One row, if `rows` is 0, or as many, of a number for every channel.
+  Held(const Tensor& t, int64_t rows, int64_t channels, const Tensor& like, const char* name)
+      : Held(t, t.scalar_type() == ScalarType::Float ? ScalarType::Float : ScalarType::Double) {
     const int64_t last = rows ? 1 : 0;
     STD_TORCH_CHECK(t.dim() == last + 1 && (!rows || t.size(0) == rows) && t.size(last) == channels && t.device() == like.device(),
                     "aliasfused: ", name, " must have the shape (", rows ? std::to_string(rows) + ", " : "", channels, rows ? ")" : ",)",
                     " and lie on the device of the statistics");
-    const bool plain = t.scalar_type() == ScalarType::Double || t.scalar_type() == ScalarType::Float;
-    if (plain && t.is_contiguous()) return;
-    held = torch::stable::new_empty(t, t.sizes(), plain ? t.scalar_type() : ScalarType::Double);
-    torch::stable::copy_(held, t);
   }
   Numbers operator*() const { return held.defined() ? numbers(held) : Numbers{}; }
   // What was written goes where it came from.
@@ -68,16 +72,18 @@ Tensor table(Tensor mean, Tensor var, OptionalTensor count, OptionalTensor weigh
 template <typename Device>
 void follow(Tensor running_mean, Tensor running_var, OptionalTensor num_batches_tracked, Tensor moments, std::optional<double> momentum) {
   STD_TORCH_CHECK(running_mean.dim() == 1, "aliasfused: running_mean must have one dimension (C,), got ", running_mean.dim());
-  STD_TORCH_CHECK(!num_batches_tracked || (num_batches_tracked->scalar_type() == ScalarType::Long && num_batches_tracked->numel() == 1 &&
-                                           num_batches_tracked->device() == running_mean.device()),
-                  "aliasfused: num_batches_tracked must be one int64 number on the device of the statistics");
+  STD_TORCH_CHECK(!num_batches_tracked || (num_batches_tracked->numel() == 1 && num_batches_tracked->device() == running_mean.device()),
+                  "aliasfused: num_batches_tracked must be one number on the device of the statistics");
   STD_TORCH_CHECK(momentum || num_batches_tracked, "aliasfused: without a momentum batches must be counted by num_batches_tracked");
   const int64_t channels = running_mean.size(0);
+  if (channels == 0) return;
   Held mean(running_mean, 0, channels, running_mean, "running_mean"), var(running_var, 0, channels, running_mean, "running_var");
   const Held source(moments, 3, channels, running_mean, "moments");
-  index_t* batches = num_batches_tracked ? static_cast<index_t*>(num_batches_tracked->data_ptr()) : nullptr;
-  Device::run(BatchNormFollow{channels, !momentum, momentum.value_or(0), *source, *mean, *var, batches}, running_mean);
-  mean.settle(), var.settle();
+  Held batches;
+  if (num_batches_tracked) batches = Held(*num_batches_tracked, ScalarType::Long);
+  Device::run(BatchNormFollow{channels, !momentum, momentum.value_or(0), *source, *mean, *var, static_cast<index_t*>((*batches).data)},
+              running_mean);
+  mean.settle(), var.settle(), batches.settle();
 }
 
 template <typename Device>

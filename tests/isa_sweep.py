@@ -219,6 +219,5 @@ if __name__ == "__main__":
     detail = next(b.detail for b in aliasfused.backends() if (b.name, b.device) == ("native", "cpu"))
     assert detail.partition(" of ")[0] == sys.argv[1], detail
     conversions()
-    print(
-        f"{sys.argv[1]}: {sweep()} geometries, {steps()} steps, {moments()} moments, {norms()} norms, {adaptive()} adaptive, every value of the short dtypes"
-    )
+    counts = f"{sweep()} geometries, {steps()} steps, {moments()} moments, {norms()} norms, {adaptive()} adaptive"
+    print(f"{sys.argv[1]}: {counts}, every value of the short dtypes")

@@ -447,6 +447,40 @@ def test_opcheck():
         )
 
 
+def test_modules_in_one_dtype():
+    """As ``module.type`` makes them, the count too."""
+    fused = BNActBlurPool2d(3).type(torch.float64)
+    expected = copy.deepcopy(fused).float()
+    x = random(2, 3, 7, 6)
+    fused(x), expected(x.float())
+    assert fused.num_batches_tracked == expected.num_batches_tracked == 1
+    assert_agree(fused.running_var, expected.running_var.double(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("table", {0: torch.ones(3, 1)}, "mean must have one dimension"),
+        ("table", {3: torch.ones(4)}, r"weight must have the shape \(3,\)"),
+        ("follow", {3: torch.ones(2, 3)}, r"moments must have the shape \(3, 3\)"),
+        ("follow", {2: None, 4: None}, "counted by num_batches_tracked"),
+        ("gradient", {2: torch.ones(3)}, "table must have two dimensions"),
+        ("gradient", {0: torch.ones(2, 4)}, r"sums must have the shape \(2, 3\)"),
+    ],
+)
+def test_refused_by_the_ops(name, change, message):
+    row, moments, op = torch.ones(3), torch.ones(3, 3), getattr(torch.ops.aliasfused, f"batch_norm_{name}")
+    arguments = {
+        "table": [row, row, None, row, row, 1e-5, False],
+        "follow": [row, row, torch.tensor(0), moments, 0.1],
+        "gradient": [torch.ones(2, 3), moments, moments, 1e-5],
+    }[name]
+    for place, value in change.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        op(*arguments)
+
+
 # --- among processes -----------------------------------------------------------------------------------------------------
 
 WAYS = ["process_group", "converted", "made of a SyncBatchNorm", "ddp"]

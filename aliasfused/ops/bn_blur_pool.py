@@ -1,16 +1,14 @@
-"""A batch norm and what follows it, down to the blur: the rooms of the moments and of the fused step put together.
+"""A batch norm and what follows it, down to the blur: the rooms of moments, of batch norms and of the fused step put together.
 
-    u = (x - mean_c) invstd_c weight_c + bias_c,   invstd_c = 1 / sqrt(var_c + eps)
+    u = (x - mean_c) / sqrt(var_c + eps) weight_c + bias_c
     y = D max(act(u))                                                       as in max_blur_pool
 
-with the running statistics for mean and var, or those of the batch, var = moments[2] / n. In the second case x moves them, and
+with the running statistics for mean and var, or those of the batch, var = moments[2] / n, which the running ones follow:
 
-    dx = invstd weight (du - S0 / n - (x - mean) invstd^2 S1 / n),   S0 = sum du,   S1 = sum du (x - mean)
-    dweight = S1 invstd,   dbias = S0
+1. forward: one pass over x for the moments, their table and the running statistics (batch_norm), one pass for all else;
+2. backward: one pass for the sums, from which batch_norm makes the gradients of weight and bias and a correction, one for dx.
 
-which are the sums and the correction that max_blur_pool offers: forward is one pass for the moments and one for all else,
-backward one for the sums and one for dx. Statistics are float64 until they meet pixels. There the mean is split into what the
-accumulation dtype holds, which is subtracted from x, and the rest, which joins the bias.
+Statistics are float64 until they meet pixels. Processes that share a batch gather its moments and add up their sums.
 
 Source: Ioffe & Szegedy, Batch Normalization, 2015.
 """
@@ -69,12 +67,12 @@ def apply(x: torch.Tensor, before: Prologue, window: Window, norm: Norm) -> torc
     table = None
     with torch.no_grad():
         if steps:
-            moments = _moments_in_steps(x)
+            moments = _moments_in_steps(x.detach())
         else:
             moments = channel_moments(x)
             if group is not None:
                 moments = _gathered(moments, group)
-            count, mean, m2 = moments
+            count, mean, m2 = moments.unbind()
             table = batch_norm.table(mean, m2, count, *affine, norm.eps, _wide(x))
         if norm.training and norm.running_mean is not None and (x.numel() or group is not None):
             _follow(norm, moments, steps)
