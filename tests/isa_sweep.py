@@ -16,6 +16,7 @@ import torch
 
 import aliasfused
 import tolerances
+from aliasfused.kernels import reference
 from cases import BORDERS, DTYPES, STEPS, coarse, random, row
 from test_contract import Told
 from truth import Adaptive, Blur
@@ -138,6 +139,27 @@ def moments() -> int:
     return len(every)
 
 
+def norms() -> int:
+    """What a batch norm works out per channel, for as many as vectors of doubles hold, more and fewer."""
+    every = list(itertools.product((1, 2, 3, 4, 7, 8, 9, 31, 64), (torch.float32, torch.float64)))
+    for channels, dtype in every:
+        moments = reference.channel_moments(random(2, channels, 5, 7) + 3)
+        rows, wide = random(4, channels, seed=1).to(dtype), dtype is torch.float64
+        given = (*moments[[1, 2, 0]], *rows[:2], 1e-3, wide)
+        table, truth = OPS.batch_norm_table(*given), reference.batch_norm_table(*given)
+        pairs = [(table, truth)]
+        given = (rows[2:], moments, truth, 1e-3)
+        pairs += zip(OPS.batch_norm_gradient(*given), reference.batch_norm_gradient(*given), strict=True)
+        running = rows[:2].abs()
+        wanted, batches = running.clone(), torch.tensor(3)
+        reference.batch_norm_follow(*wanted, batches.clone(), moments, None)
+        OPS.batch_norm_follow(*running, batches, moments, None)
+        for actual, truth in [*pairs, (running, wanted)]:
+            limit = 2 * tolerances.batch_norm(truth.double(), truth.double().abs() + 1, dtype)
+            tolerances.assert_within(actual, truth.double(), limit, f"a batch norm of {channels} channels, {dtype}")
+    return len(every)
+
+
 def adaptive() -> int:
     """Rows of outputs, and groups of channels, that end on both sides of every vector's length."""
     every = list(itertools.product((1, 7, 8, 9, 15, 16, 17, 31, 33, 65), (3, 5, 7), (1, 2), (False, True)))
@@ -197,6 +219,5 @@ if __name__ == "__main__":
     detail = next(b.detail for b in aliasfused.backends() if (b.name, b.device) == ("native", "cpu"))
     assert detail.partition(" of ")[0] == sys.argv[1], detail
     conversions()
-    print(
-        f"{sys.argv[1]}: {sweep()} geometries, {steps()} steps, {moments()} moments, {adaptive()} adaptive, every value of the short dtypes"
-    )
+    counts = f"{sweep()} geometries, {steps()} steps, {moments()} moments, {norms()} norms, {adaptive()} adaptive"
+    print(f"{sys.argv[1]}: {counts}, every value of the short dtypes")

@@ -17,6 +17,7 @@ import aliasfused
 import tolerances
 from agreement import assert_agree, bound, convolved, pascal, same
 from aliasfused.nn import BNActBlurPool2d
+from aliasfused.ops.channel_moments import channel_moments, merged
 from cases import random
 from truth import ACTIVATIONS
 
@@ -435,6 +436,49 @@ def test_opcheck():
     for memory_format in FORMATS:
         x = torch.randn(2, 3, 7, 6).contiguous(memory_format=memory_format)
         torch.library.opcheck(torch.ops.aliasfused.channel_moments.default, (x,))
+    moments, sums, row, ops = channel_moments(x), torch.randn(2, 3), torch.rand(3), torch.ops.aliasfused
+    table = ops.batch_norm_table(moments[1], moments[2], moments[0], row, None, 1e-5, False)
+    torch.library.opcheck(ops.batch_norm_table.default, (row, row, None, row, row, 1e-5, True))
+    torch.library.opcheck(ops.batch_norm_table.default, (moments[1], moments[2], moments[0], None, None, 1e-5, False))
+    torch.library.opcheck(ops.batch_norm_gradient.default, (sums, moments, table, 1e-5))
+    for momentum in (0.1, None):
+        torch.library.opcheck(
+            ops.batch_norm_follow.default, (row.clone(), row.clone(), torch.tensor(3), moments, momentum)
+        )
+
+
+def test_modules_in_one_dtype():
+    """As ``module.type`` makes them, the count too."""
+    fused = BNActBlurPool2d(3).type(torch.float64)
+    expected = copy.deepcopy(fused).float()
+    x = random(2, 3, 7, 6)
+    fused(x), expected(x.float())
+    assert fused.num_batches_tracked == expected.num_batches_tracked == 1
+    assert_agree(fused.running_var, expected.running_var.double(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("table", {0: torch.ones(3, 1)}, "mean must have one dimension"),
+        ("table", {3: torch.ones(4)}, r"weight must have the shape \(3,\)"),
+        ("follow", {3: torch.ones(2, 3)}, r"moments must have the shape \(3, 3\)"),
+        ("follow", {2: None, 4: None}, "counted by num_batches_tracked"),
+        ("gradient", {2: torch.ones(3)}, "table must have two dimensions"),
+        ("gradient", {0: torch.ones(2, 4)}, r"sums must have the shape \(2, 3\)"),
+    ],
+)
+def test_refused_by_the_ops(name, change, message):
+    row, moments, op = torch.ones(3), torch.ones(3, 3), getattr(torch.ops.aliasfused, f"batch_norm_{name}")
+    arguments = {
+        "table": [row, row, None, row, row, 1e-5, False],
+        "follow": [row, row, torch.tensor(0), moments, 0.1],
+        "gradient": [torch.ones(2, 3), moments, moments, 1e-5],
+    }[name]
+    for place, value in change.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        op(*arguments)
 
 
 # --- among processes -----------------------------------------------------------------------------------------------------
@@ -501,8 +545,6 @@ def test_processes_that_share_statistics(tmp_path):
 
 
 def test_moments_of_parts_are_those_of_the_whole():
-    from aliasfused.ops.channel_moments import channel_moments, merged
-
     x = random(6, 4, 5, 7) + 1e3
     parts = torch.stack([channel_moments(part) for part in (x[:1], x[1:1], x[1:4], x[4:])])
     whole = channel_moments(x)

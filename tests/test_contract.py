@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import aliasfused
 import tolerances
@@ -240,7 +241,7 @@ def test_step_backward(backend, step, dtype, layout, device):
 # Sizes that fill vectors and do not, several sums to a channel and parts to a map; a mean that is large against the deviation.
 MOMENTS = (
     (2, 3, 9, 14, 0), (1, 1, 1, 1, 3), (3, 5, 1, 2, 0), (1, 33, 1, 7, 10), (2, 17, 13, 31, 1e4), (4, 70, 5, 3, 1), (1, 64, 28, 27, 0),
-    (1, 2, 300, 301, 100), (2, 331, 9, 11, 0), (0, 3, 4, 4, 0), (2, 0, 4, 4, 0),
+    (1, 2, 300, 301, 100), (40, 3, 30, 31, 5), (2, 331, 9, 11, 0), (0, 3, 4, 4, 0), (2, 0, 4, 4, 0),
 )  # fmt: skip
 
 
@@ -260,6 +261,101 @@ def test_channel_moments(shape, layout, dtype, backend, device):
         [torch.full_like(mean, count), mean, (x.double() - mean[:, None, None]).square().sum((0, 2, 3))]
     )
     tolerances.assert_within(moments, truth, tolerances.moments(x))
+
+
+# (C, what is added to x): fewer channels than a block of any backend and more; a mean that is large against the deviation.
+NORMS = ((1, 0), (5, 1e4), (300, 3))
+EPS = 1e-3
+
+
+def normalised(channels: int, offset: float) -> tuple[torch.Tensor, ...]:
+    """Pixels, and their count, mean, variance and moments."""
+    x = random(2, channels, 5, 7) + offset
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    count = torch.full_like(mean, x.numel() // channels)
+    return x, count, mean, var, torch.stack([count, mean, var * count])
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows", [None, torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "offset"), NORMS)
+def test_batch_norm_table(channels, offset, rows, wide, backend, device):
+    """Of moments, and of statistics in the dtype of the module; weights and statistics lie with gaps between them."""
+    _, count, mean, var, moments = normalised(channels, offset)
+    weight = bias = None
+    if rows is not None:
+        mean, var, weight, bias = (
+            t.repeat_interleave(2).to(rows)[::2]
+            for t in (mean, var, random(channels, seed=1), random(channels, seed=2))
+        )
+    w, b = (torch.full_like(count, value) if t is None else t.double() for t, value in ((weight, 1), (bias, 0)))
+    weight, bias = (t if t is None else t.to(device) for t in (weight, bias))
+    dtype = torch.float64 if wide else torch.float32
+    for given in ((mean, var, None), (moments[1], moments[2], count)):
+        given = [t if t is None else t.to(device) for t in given]
+        actual = checked(backend, OPS.batch_norm_table, *given, weight, bias, EPS, wide)
+        of, variance = (mean.double(), var.double()) if given[2] is None else (moments[1], moments[2] / count)
+        scale = w / (variance + EPS).sqrt()
+        rest = (actual[0].double().cpu() - of) * scale
+        truth = torch.stack([of, scale, b + rest])
+        magnitude = torch.stack([of.abs(), scale.abs(), b.abs() + rest.abs()])
+        assert actual.dtype is dtype and torch.equal(actual[0].cpu(), of.to(dtype))
+        tolerances.assert_within(actual, truth, tolerances.batch_norm(truth, magnitude, dtype))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("rows", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "offset"), NORMS)
+def test_batch_norm_follow(channels, offset, rows, momentum, backend, device):
+    """Towards the batch's, of unbiased variance, and counted; what lies between statistics stays."""
+    x, *_, moments = normalised(channels, offset)
+    start = torch.stack([random(2 * channels), random(2 * channels, seed=1).abs()]).to(rows)
+    batches = torch.tensor(4)
+
+    def moved(start, batches, moments):
+        start, batches = start.clone(), batches.clone()
+        OPS.batch_norm_follow(*start[:, ::2], batches, moments, momentum)
+        return torch.cat([start, batches.expand(2, 1).to(rows)], 1)
+
+    actual = checked(backend, moved, *on(device, start, batches, moments))
+    assert torch.equal(actual[:, 1:-1:2].cpu(), start[:, 1::2]) and bool((actual[:, -1] == 5).all())
+    before, batch = start[:, ::2].double(), torch.stack([moments[1], x.var((0, 2, 3))])
+    truth = before + (1 / 5 if momentum is None else momentum) * (batch - before)
+    limit = tolerances.batch_norm(truth, before.abs() + batch.abs(), rows, ulps_of(backend, device, rows))
+    tolerances.assert_within(actual[:, :-1:2], truth, limit)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["sums", "sums of processes"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("channels", "offset"), NORMS)
+def test_batch_norm_gradient(channels, offset, dtype, exact, backend, device):
+    """Against torch's own in float64. Sums added up among processes are float64 whatever the table is."""
+    x, count, mean, var, moments = normalised(channels, offset)
+    dy, weight = random(*x.shape, seed=3), random(channels, seed=1)
+    scale = weight / (var + EPS).sqrt()
+    table = torch.stack([mean, scale, scale]).to(dtype)  # the shift is not looked at
+    centred = x - table[0].double()[:, None, None]
+    sums = torch.stack([dy.sum((0, 2, 3)), (dy * centred).sum((0, 2, 3))]).to(torch.float64 if exact else dtype)
+
+    def rows(*arguments):
+        correction, dweight, dbias = OPS.batch_norm_gradient(*arguments, EPS)
+        return torch.stack([*correction, dweight, dbias])
+
+    actual = checked(backend, rows, *on(device, sums, moments, table)).cpu()
+    assert actual.dtype is dtype
+    leaves = x.requires_grad_(), weight.requires_grad_(), torch.zeros_like(mean).requires_grad_()
+    grads = torch.autograd.grad(F.batch_norm(x, None, None, *leaves[1:], True, eps=EPS), leaves, dy)
+    first, second, dweight, dbias = actual.double()
+    scale, far = scale.detach().abs()[:, None, None], centred.detach().abs() + (x.detach() - mean[:, None, None]).abs()
+    dx = dy * table[1].double()[:, None, None] + first[:, None, None] + second[:, None, None] * centred
+    share, spread = (dy.abs().mean((0, 2, 3), keepdim=True), (dy.abs() * far).mean((0, 2, 3), keepdim=True))
+    spread = spread[0] / (var + EPS)[:, None, None]
+    # The scale, the sums, what is made of them: each off by a rounding to dtype. Torch's mean is, by as many roundings of x.
+    unit = 4 * torch.finfo(dtype).eps + x.numel() / channels * torch.finfo(torch.float64).eps * (1 + offset)
+    tolerances.assert_within(dx.detach(), grads[0], unit * scale * (dy.abs() + share + far * spread))
+    total = count * (spread[:, 0, 0] * (var + EPS).sqrt())
+    tolerances.assert_within(dweight, grads[1], unit * total)
+    tolerances.assert_within(dbias, grads[2], unit * count * share[0, :, 0, 0])
 
 
 def test_adaptive(backend, adaptive, dtype, layout, device):

@@ -89,7 +89,7 @@ def compiled(tmp_path_factory) -> dict[str, tuple[Path, list[Kernel]]]:
 # How many kernels a source has, at least.
 @pytest.mark.parametrize(
     ("source", "fewest"),
-    [("blur_pool", 100), ("max_blur_pool", 24), ("channel_moments", 13), ("adaptive_blur_pool", 57)],
+    [("blur_pool", 100), ("max_blur_pool", 24), ("channel_moments", 13), ("batch_norm", 3), ("adaptive_blur_pool", 57)],
 )
 def test_every_architecture_has_every_kernel(compiled, source, fewest):
     kernels = compiled[source][1]
@@ -112,6 +112,10 @@ def test_kernels_with_a_prologue_leave_room(compiled):
 
 def test_kernels_of_moments_stay_in_registers(compiled):
     assert [k for k in compiled["channel_moments"][1] if k.stack or k.spills or k.registers > MOST_REGISTERS] == []
+
+
+def test_kernels_of_batch_norms_stay_in_registers(compiled):
+    assert [k for k in compiled["batch_norm"][1] if k.stack or k.spills or k.registers > MOST_REGISTERS] == []
 
 
 def test_kernels_of_predicted_filters_stay_in_registers(compiled):

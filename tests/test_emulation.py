@@ -581,6 +581,64 @@ def test_moments_beyond_32_bit_addresses(emulated):
         moments(emulated, x.copy_(random(*x.shape)))
 
 
+# --- numbers of a batch norm ------------------------------------------------------------------------------------------
+
+
+def numbers(t: torch.Tensor | None) -> tuple[int, bool]:
+    return (0, False) if t is None else (t.data_ptr(), t.dtype is torch.float64)
+
+
+def blank(rows: int, channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, channels) of NaN within NaN, and all of it."""
+    t, buffer = guarded((1, 1, rows, channels), dtype)
+    return t[0, 0], buffer
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Nothing is written around it, and it is the same sums of the same terms: roundings of float64, and one to its dtype."""
+    assert buffer[:MARGIN].isnan().all() and buffer[-MARGIN:].isnan().all(), "written outside"
+    expected = expected.double()
+    limit = tolerances.batch_norm(expected, expected.abs() + 1, actual.dtype)
+    tolerances.assert_within(actual, expected, limit + tolerances.rounding(expected, limit, actual.dtype))
+
+
+@pytest.mark.parametrize("channels", [1, 5, 256, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_norm(emulated, dtype, channels):
+    """One block and several of them, the last not full; with all that there may be, and without."""
+    moments = reference.channel_moments(random(2, channels, 3, 5, dtype=torch.float64) + 3)
+    count, mean, m2 = moments
+    weight, bias = random(2, channels, dtype=dtype)
+    sums = random(2, channels, dtype=dtype, seed=1)
+    table, around = blank(3, channels, dtype)
+    rows = [
+        (mean, m2, count, weight, bias),
+        (mean.to(dtype), m2.to(dtype), None, None, None),
+        (mean, m2, None, weight, None),
+    ]
+    for given in rows:
+        emulated.batch_norm_table(channels, 1e-3, [*map(numbers, given), numbers(table)])
+        assert_same(table, reference.batch_norm_table(*given, 1e-3, dtype is torch.float64), around)
+    results = [blank(n, channels, dtype) for n in (2, 1, 1)]
+    told = [sums, moments, table, *(result for result, _ in results)]
+    emulated.batch_norm_gradient(channels, 1e-3, [numbers(t) for t in told])
+    for (result, buffer), expected in zip(
+        results, reference.batch_norm_gradient(sums, moments, table, 1e-3), strict=True
+    ):
+        assert_same(result, expected.view_as(result), buffer)
+    for momentum in (0.1, None):
+        batches, running = torch.tensor(3), [blank(1, channels, dtype) for _ in range(2)]
+        for row, _ in running:
+            row.copy_(random(1, channels, dtype=dtype).abs())
+        expected = [row[0].clone() for row, _ in running]
+        reference.batch_norm_follow(*expected, batches.clone(), moments, momentum)
+        rows = [numbers(moments), *(numbers(row) for row, _ in running)]
+        emulated.batch_norm_follow(channels, momentum is None, momentum or 0, rows, batches.data_ptr())
+        assert batches == 4
+        for (row, buffer), wanted in zip(running, expected, strict=True):
+            assert_same(row[0], wanted, buffer)
+
+
 def test_memory_and_undefined_behaviour():
     """The same sources under AddressSanitizer and UndefinedBehaviorSanitizer, as a program of their own."""
     program = build.build("sanitize", "sanitize.cpp", *build.SANITIZE)

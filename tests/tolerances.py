@@ -145,6 +145,17 @@ def moments(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.zeros_like(m2), mean_error, m2_error])
 
 
+# What a number of a batch norm takes of operations in float64, at most, one after the other.
+BATCH_NORM_TERMS = 16
+
+
+def batch_norm(truth: torch.Tensor, magnitude: torch.Tensor, dtype: torch.dtype, ulps: float = 0.5) -> torch.Tensor:
+    """Of sums whose terms add up to ``magnitude``, in float64, rounded to dtype; to a 16-bit one by way of float32."""
+    error = of_sum(magnitude, truth, BATCH_NORM_TERMS, torch.float64)
+    error = error if dtype.itemsize > 2 else error + rounding(truth, error, torch.float32)
+    return error + rounding(truth, error, dtype, ulps)
+
+
 # Of a softmax's weight, in units of the accumulator's eps: what exp and the quotient may lose beside the terms of the sum.
 LOST_BY_EXP = 8
 

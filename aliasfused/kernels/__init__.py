@@ -18,6 +18,7 @@ OPS = (
     *(f"blur_pool_{name}" for name in ("fwd", "bwd", "taps_fwd", "taps_bwd", "taps_grad")),
     *(f"max_blur_pool_{name}" for name in ("fwd", "bwd", "sums")),
     "channel_moments",
+    *(f"batch_norm_{name}" for name in ("table", "follow", "gradient")),
     *(f"adaptive_blur_pool_{name}" for name in ("fwd", "bwd", "logits_grad")),
 )
 DEFAULT = "native"

@@ -250,6 +250,40 @@ def channel_moments(x):
     return torch.stack([torch.full_like(mean, count), mean, var * count])
 
 
+def batch_norm_table(mean, var, count, weight, bias, eps, wide):
+    """Of differentiable operations, for whoever differentiates it."""
+    mean, var = mean.double(), var.double()
+    scale = ((var if count is None else var / count) + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight
+    dtype = torch.float64 if wide else torch.float32
+    center = mean.to(dtype)
+    shift = (center - mean) * scale
+    if bias is not None:
+        shift = shift + bias
+    return torch.stack([center, scale.to(dtype), shift.to(dtype)])
+
+
+def batch_norm_follow(running_mean, running_var, num_batches_tracked, moments, momentum):
+    factor = momentum
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = num_batches_tracked.double().reciprocal()
+    count, mean, m2 = moments
+    for running, value in ((running_mean, mean), (running_var, m2 / (count - 1))):
+        running.copy_(running.double() * (1 - factor) + value * factor)
+
+
+def batch_norm_gradient(sums, moments, table, eps):
+    (count, mean, m2), (center, scale, _), (first, second) = moments, table.double(), sums.double()
+    invstd, off = (m2 / count + eps).rsqrt(), center - mean
+    second = second + off * first
+    slope = -scale * invstd.square() * second / count
+    correction = torch.stack([slope * off - scale * first / count, slope])
+    return tuple(t.to(table.dtype) for t in (correction, second * invstd, first))
+
+
 def border_index(like: torch.Tensor, n: int, before: int, after: int, pad_mode: str) -> torch.Tensor:
     """Which of an axis' n pixels each position of its extension shows; zeros, which shows none beyond, has no index.
 

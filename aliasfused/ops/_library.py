@@ -117,9 +117,28 @@ def fused(
     1. Its reverse rule is ``vjp(wanted, cotangent, saved, rest)``, with kernels of its own.
     2. What differentiates that rule again, forward-mode derivatives and torch.func's transforms run ``in_steps(*args)``
        instead: the same, one after the other, of differentiable operations.
+
+    There are two autograd Functions again. The compiler's has a ``setup_context``, as transforms want it, for which torch binds
+    arguments to a signature at each call; eager code, where no transform arrives here, has a shorter way.
     """
 
+    def gradients(ctx: Any, wanted: tuple[bool, ...], cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return _again(lambda *some: in_steps(*some, *ctx.rest), wanted, cotangent, ctx.saved_tensors)
+        return vjp(wanted, cotangent, ctx.saved_tensors, ctx.rest)
+
     class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rest: tuple[Any, ...], *given: Any) -> torch.Tensor:
+            ctx.save_for_backward(*given)
+            ctx.rest = rest
+            return op(*given, *rest)
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return None, *gradients(ctx, ctx.needs_input_grad[1:], cotangent)
+
+    class FunctionInGraph(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> torch.Tensor:
             return op(*args)
@@ -131,22 +150,19 @@ def fused(
 
         @staticmethod
         def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-            saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[:tensors]
-            if torch.is_grad_enabled():
-                grads = _again(lambda *some: in_steps(*some, *ctx.rest), wanted, cotangent, saved)
-            else:
-                grads = vjp(wanted, cotangent, saved, ctx.rest)
+            grads = gradients(ctx, ctx.needs_input_grad[:tensors], cotangent)
             return (*grads, *(None,) * len(ctx.rest))
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
             return torch.vmap(lambda *some: in_steps(*some, *args[tensors:]), in_dims[:tensors])(*args[:tensors]), 0
 
-    Function.__name__ = Function.__qualname__ = op.__name__
+    for function in (Function, FunctionInGraph):
+        function.__name__ = function.__qualname__ = op.__name__
 
     @torch.compiler.allow_in_graph
     def in_graph(*args: Any) -> torch.Tensor:
-        return Function.apply(*args)
+        return FunctionInGraph.apply(*args)
 
     def call(*args: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -154,7 +170,7 @@ def fused(
         if transformed():
             return in_steps(*args)
         if wants_autograd(*(t for t in args[:tensors] if t is not None)):
-            return Function.apply(*args)
+            return Function.apply(args[tensors:], *args[:tensors])
         return op(*args)
 
     return call

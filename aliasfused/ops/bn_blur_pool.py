@@ -1,16 +1,14 @@
-"""A batch norm and what follows it, down to the blur: the rooms of the moments and of the fused step put together.
+"""A batch norm and what follows it, down to the blur: the rooms of moments, of batch norms and of the fused step put together.
 
-    u = (x - mean_c) invstd_c weight_c + bias_c,   invstd_c = 1 / sqrt(var_c + eps)
+    u = (x - mean_c) / sqrt(var_c + eps) weight_c + bias_c
     y = D max(act(u))                                                       as in max_blur_pool
 
-with the running statistics for mean and var, or those of the batch, var = moments[2] / n. In the second case x moves them, and
+with the running statistics for mean and var, or those of the batch, var = moments[2] / n, which the running ones follow:
 
-    dx = invstd weight (du - S0 / n - (x - mean) invstd^2 S1 / n),   S0 = sum du,   S1 = sum du (x - mean)
-    dweight = S1 invstd,   dbias = S0
+1. forward: one pass over x for the moments, their table and the running statistics (batch_norm), one pass for all else;
+2. backward: one pass for the sums, from which batch_norm makes the gradients of weight and bias and a correction, one for dx.
 
-which are the sums and the correction that max_blur_pool offers: forward is one pass for the moments and one for all else,
-backward one for the sums and one for dx. Statistics are float64 until they meet pixels. There the mean is split into what the
-accumulation dtype holds, which is subtracted from x, and the rest, which joins the bias.
+Statistics are float64 until they meet pixels. Processes that share a batch gather its moments and add up their sums.
 
 Source: Ioffe & Szegedy, Batch Normalization, 2015.
 """
@@ -22,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 
-from . import max_blur_pool
-from ._library import fused, transformed
+from ..kernels import reference
+from . import batch_norm, max_blur_pool
+from ._library import fused, transformed, wants_autograd
 from ._prologue import Prologue
 from ._window import Window, check_input
 from .channel_moments import channel_moments, merged
@@ -56,56 +55,44 @@ def apply(x: torch.Tensor, before: Prologue, window: Window, norm: Norm) -> torc
             raise ValueError(
                 f"x must have the batch norm's {row.shape[0]} channels in dimension 1, got {tuple(x.shape)}"
             )
+    group, affine = norm.group, (norm.weight, norm.bias)
+    steps = max_blur_pool.takes_steps(window) or transformed()
     if not norm.training and norm.running_mean is not None:
-        invstd = (norm.running_var.double() + norm.eps).rsqrt()  # type: ignore[union-attr]
-        table = _table(norm.running_mean.double(), invstd, norm.weight, norm.bias, _accumulator(x))
+        steps = steps or torch.compiler.is_compiling() or wants_autograd(*(t for t in affine if t is not None))
+        make = reference.batch_norm_table if steps else batch_norm.table
+        table = make(norm.running_mean, norm.running_var, None, *affine, norm.eps, _wide(x))
         return max_blur_pool.run(x, table, before, window)
-    if x.shape[0] * x.shape[2] * x.shape[3] == 1 and norm.group is None:
+    if x.shape[0] * x.shape[2] * x.shape[3] == 1 and group is None:
         raise ValueError(f"x must have more than one value per channel in training, got shape {tuple(x.shape)}")
-    arguments = (norm.eps, norm.group, *before, *window)
-    if max_blur_pool.takes_steps(window) or transformed():
-        moments = _moments_in_steps(x)
-        y = _in_steps(x, norm.weight, norm.bias, None, *arguments)
-    else:
-        moments = channel_moments(x.detach())
-        if norm.group is not None:
-            moments = _gathered(moments, norm.group)
-        y = _fused(x, norm.weight, norm.bias, moments, *arguments)
-    if norm.training and norm.running_mean is not None and (x.numel() or norm.group is not None):
-        _follow(norm, moments.detach())
-    return y
+    table = None
+    with torch.no_grad():
+        if steps:
+            moments = _moments_in_steps(x.detach())
+        else:
+            moments = channel_moments(x)
+            if group is not None:
+                moments = _gathered(moments, group)
+            count, mean, m2 = moments.unbind()
+            table = batch_norm.table(mean, m2, count, *affine, norm.eps, _wide(x))
+        if norm.training and norm.running_mean is not None and (x.numel() or group is not None):
+            _follow(norm, moments, steps)
+    run = _in_steps if steps else _fused
+    return run(x, *affine, moments, table, norm.eps, group, *before, *window)
 
 
-def _accumulator(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
+def _wide(x: torch.Tensor) -> bool:
+    return x.dtype is torch.float64
 
 
-def _table(mean: Any, invstd: Any, weight: Any, bias: Any, dtype: torch.dtype) -> torch.Tensor:
-    """(center, scale, shift) of a normalisation, out of statistics in float64."""
-    scale = invstd if weight is None else invstd * weight
-    center = mean.to(dtype)
-    shift = (center - mean) * scale
-    if bias is not None:
-        shift = shift + bias
-    return torch.stack([center, scale.to(dtype), shift.to(dtype)])
-
-
-def _invstd(moments: torch.Tensor, eps: float) -> torch.Tensor:
-    return (moments[2] / moments[0] + eps).rsqrt()
-
-
-@torch.no_grad()
-def _follow(norm: Norm, moments: torch.Tensor) -> None:
+def _follow(norm: Norm, moments: torch.Tensor, steps: bool) -> None:
     """Running statistics move towards the batch's; its variance is the unbiased one."""
-    factor: Any = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if factor is None:
-            factor = norm.num_batches_tracked.double().reciprocal()
-    count, mean, m2 = moments
-    for running, value in ((norm.running_mean, mean), (norm.running_var, m2 / (count - 1))):
-        if running is not None and factor is not None:
-            running.copy_(running.double() * (1 - factor) + value * factor)
+    running = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    if norm.momentum is None and norm.num_batches_tracked is None:
+        return
+    if steps or torch.compiler.is_compiling():  # graphs have torch's own operations for what is changed in place
+        reference.batch_norm_follow(*running, moments, norm.momentum)
+    else:
+        batch_norm.follow(*running, moments, norm.momentum)
 
 
 @torch.compiler.disable
@@ -123,39 +110,35 @@ def _moments_in_steps(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([count, mean, var * count])
 
 
-def _table_of(x: Any, weight: Any, bias: Any, moments: torch.Tensor, eps: float) -> torch.Tensor:
-    return _table(moments[1], _invstd(moments, eps), weight, bias, _accumulator(x))
+def _fwd(x: Any, weight: Any, bias: Any, moments: Any, table: Any, eps: float, group: Any, *rest: Any) -> torch.Tensor:
+    return max_blur_pool.fwd(x, table, *rest)
 
 
-def _fwd(x: Any, weight: Any, bias: Any, moments: Any, eps: float, group: Any, *rest: Any) -> torch.Tensor:
-    return max_blur_pool.fwd(x, _table_of(x, weight, bias, moments, eps), *rest)
-
-
-def _in_steps(x: Any, weight: Any, bias: Any, moments: Any, eps: float, group: Any, *rest: Any) -> torch.Tensor:
+def _in_steps(
+    x: Any, weight: Any, bias: Any, moments: Any, table: Any, eps: float, group: Any, *rest: Any
+) -> torch.Tensor:
     if group is not None:
         raise NotImplementedError(
             "a batch norm with a process_group has neither forward-mode nor second derivatives, and works neither under "
             "torch.func's transforms nor with learned taps"
         )
-    return max_blur_pool.in_steps(x, _table_of(x, weight, bias, _moments_in_steps(x), eps), *rest)
+    count, mean, m2 = _moments_in_steps(x)
+    return max_blur_pool.in_steps(x, reference.batch_norm_table(mean, m2, count, weight, bias, eps, _wide(x)), *rest)
 
 
 def _vjp(wanted: Any, dy: Any, saved: Any, rest: Any) -> tuple[torch.Tensor | None, ...]:
-    (x, weight, bias, moments), (eps, group, *rest) = saved, rest
-    (count, mean, _), invstd, table = moments, _invstd(moments, eps), _table_of(x, weight, bias, moments, eps)
-    (center, scale, _), sums = table.double(), max_blur_pool.sums(dy, x, table, *rest).double()
-    # Of distances from the mean, not from what is subtracted in its place.
-    sums = torch.stack([sums[0], sums[1] + (center - mean) * sums[0]])
-    dweight = (sums[1] * invstd).to(weight.dtype) if wanted[1] else None
-    dbias = sums[0].to(bias.dtype) if wanted[2] else None
-    if not wanted[0]:
-        return None, dweight, dbias, None
-    if group is not None:
-        sums = sums.clone()  # those of the parameters stay this process' own
-        torch.distributed.all_reduce(sums, group=group)
-    slope = -scale * invstd.square() * sums[1] / count
-    correction = torch.stack([slope * (center - mean) - scale * sums[0] / count, slope]).to(table.dtype)
-    return max_blur_pool.bwd(dy, x, table, correction, *rest), dweight, dbias, None
+    (x, weight, bias, moments, table), (eps, group, *rest) = saved, rest
+    sums = max_blur_pool.sums(dy, x, table, *rest)
+    correction, dweight, dbias = batch_norm.gradient(sums, moments, table, eps)
+    dx = None
+    if wanted[0]:
+        if group is not None:  # those of the parameters stay this process' own
+            sums = sums.double()
+            torch.distributed.all_reduce(sums, group=group)
+            correction = batch_norm.gradient(sums, moments, table, eps)[0]
+        dx = max_blur_pool.bwd(dy, x, table, correction, *rest)
+    grads = (dweight.to(weight.dtype) if wanted[1] else None, dbias.to(bias.dtype) if wanted[2] else None)
+    return dx, *grads, None, None
 
 
-_fused = fused(_fwd, 4, _vjp, _in_steps)
+_fused = fused(_fwd, 5, _vjp, _in_steps)

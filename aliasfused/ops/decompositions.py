@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from ..kernels import reference
 from ..kernels.reference import adaptive_in_steps, border_index, extend, filters_of, prepared, shown_to_taps
 
 __all__ = ["decompositions"]
@@ -46,7 +47,7 @@ def decompositions(
     2. adjoint: the convolution's own, then every pixel collects the positions of the extension that show it;
     3. taps' gradient: the convolution's with respect to its kernel, contracted with the other axis' taps;
     4. what comes before a blur (affine, activation, maximum) and its gradients: aten's own, in at least float32;
-    5. a channel's moments: aten's variance and mean, in float64;
+    5. a channel's moments: aten's variance and mean, in float64, as is what a batch norm makes of them;
     6. a blur by predicted filters: a softmax, and a product for every tap.
 
     Args:
@@ -197,6 +198,9 @@ def decompositions(
         ops.adaptive_blur_pool_fwd.default: adaptive,
         ops.adaptive_blur_pool_bwd.default: adaptive_up,
         ops.adaptive_blur_pool_logits_grad.default: adaptive_grad,
+        ops.batch_norm_table.default: reference.batch_norm_table,
+        ops.batch_norm_follow.default: reference.batch_norm_follow,
+        ops.batch_norm_gradient.default: reference.batch_norm_gradient,
         ops.channel_moments.default: moments,
         ops.max_blur_pool_fwd.default: step,
         ops.max_blur_pool_bwd.default: step_backward,

@@ -22,19 +22,25 @@ bool has_avx512() {
 }
 #endif
 
+#define ALIASFUSED_CPU_KERNELS(isa) \
+  {#isa,                            \
+   isa::blur_pool,                  \
+   isa::taps_grad,                  \
+   isa::max_blur_pool,              \
+   isa::channel_moments,            \
+   isa::batch_norm_table,           \
+   isa::batch_norm_follow,          \
+   isa::batch_norm_gradient,        \
+   isa::adaptive_blur_pool}
+
 const Isa isas[] = {
 #if defined(__x86_64__)
-    {{"avx512bf16", avx512bf16::blur_pool, avx512bf16::taps_grad, avx512bf16::max_blur_pool, avx512bf16::channel_moments,
-      avx512bf16::adaptive_blur_pool},
-     [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
-    {{"avx512", avx512::blur_pool, avx512::taps_grad, avx512::max_blur_pool, avx512::channel_moments, avx512::adaptive_blur_pool},
-     has_avx512},
-    {{"avx2", avx2::blur_pool, avx2::taps_grad, avx2::max_blur_pool, avx2::channel_moments, avx2::adaptive_blur_pool},
+    {ALIASFUSED_CPU_KERNELS(avx512bf16), [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {ALIASFUSED_CPU_KERNELS(avx512), has_avx512},
+    {ALIASFUSED_CPU_KERNELS(avx2),
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
-    {{"baseline", baseline::blur_pool, baseline::taps_grad, baseline::max_blur_pool, baseline::channel_moments,
-      baseline::adaptive_blur_pool},
-     always},
+    {ALIASFUSED_CPU_KERNELS(baseline), always},
 };
 
 const CpuKernels& choose() {

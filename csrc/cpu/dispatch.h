@@ -11,6 +11,9 @@ struct CpuKernels {
   void (*taps_grad)(const TapsGrad&, const Parallel&);
   void (*max_blur_pool)(const MaxBlurPool&, const Parallel&);
   void (*channel_moments)(const ChannelMoments&, const Parallel&);
+  void (*batch_norm_table)(const BatchNormTable&);
+  void (*batch_norm_follow)(const BatchNormFollow&);
+  void (*batch_norm_gradient)(const BatchNormGradient&);
   void (*adaptive_blur_pool)(const AdaptiveBlurPool&, const Parallel&);
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../adaptive_blur_pool.h"
+#include "../batch_norm.h"
 #include "../channel_moments.h"
 #include "../max_blur_pool.h"
 
@@ -26,6 +27,9 @@ struct Parallel {
   void taps_grad(const TapsGrad&, const Parallel&);                  \
   void max_blur_pool(const MaxBlurPool&, const Parallel&);           \
   void channel_moments(const ChannelMoments&, const Parallel&);      \
+  void batch_norm_table(const BatchNormTable&);                      \
+  void batch_norm_follow(const BatchNormFollow&);                    \
+  void batch_norm_gradient(const BatchNormGradient&);                \
   void adaptive_blur_pool(const AdaptiveBlurPool&, const Parallel&); \
   }
 

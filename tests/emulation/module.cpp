@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cuda/adaptive_blur_pool.h"
+#include "cuda/batch_norm.h"
 #include "cuda/blur_pool.h"
 #include "cuda/channel_moments.h"
 #include "cuda/max_blur_pool.h"
@@ -32,6 +33,10 @@ void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 ChannelMoments moments_of(int dtype, const std::array<index_t, 4>& shape, uintptr_t x, const std::array<index_t, 4>& stride) {
   return {static_cast<Dtype>(dtype), shape[0], shape[1], shape[2], shape[3], at(x), strides_of(stride), nullptr};
 }
+
+// An address and whether it is of float64.
+using Row = std::pair<uintptr_t, bool>;
+Numbers numbers(const Row& row) { return {at(row.first), row.second}; }
 
 }  // namespace
 
@@ -87,6 +92,24 @@ PYBIND11_MODULE(emulated, m) {
           check(channel_moments_cuda(op, static_cast<double*>(at(scratch)), nullptr));
           return channel_moments_cuda_kernel(op);
         });
+  // mean, var, count, weight, bias, table
+  m.def("batch_norm_table", [](index_t channels, double eps, std::array<Row, 6> rows) {
+    check(batch_norm_cuda(BatchNormTable{channels, eps, numbers(rows[0]), numbers(rows[1]), numbers(rows[2]), numbers(rows[3]),
+                                         numbers(rows[4]), numbers(rows[5])},
+                          nullptr));
+  });
+  // moments, mean, var
+  m.def("batch_norm_follow", [](index_t channels, bool average, double momentum, std::array<Row, 3> rows, uintptr_t batches) {
+    check(batch_norm_cuda(BatchNormFollow{channels, average, momentum, numbers(rows[0]), numbers(rows[1]), numbers(rows[2]),
+                                          static_cast<index_t*>(at(batches))},
+                          nullptr));
+  });
+  // sums, moments, table, correction, dweight, dbias
+  m.def("batch_norm_gradient", [](index_t channels, double eps, std::array<Row, 6> rows) {
+    check(batch_norm_cuda(BatchNormGradient{channels, eps, numbers(rows[0]), numbers(rows[1]), numbers(rows[2]), numbers(rows[3]),
+                                            numbers(rows[4]), numbers(rows[5])},
+                          nullptr));
+  });
   // normalize and result by their numbers in csrc/adaptive_blur_pool.h; what is not read has no address.
   m.def("adaptive_blur_pool",
         [](int dtype, int normalize, int result, index_t batch, index_t channels, int groups, std::array<index_t, 6> rows,

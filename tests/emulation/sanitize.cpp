@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/adaptive_blur_pool.h"
+#include "cuda/batch_norm.h"
 #include "cuda/blur_pool.h"
 #include "cuda/channel_moments.h"
 #include "cuda/max_blur_pool.h"
@@ -113,6 +114,27 @@ void run_moments(Dtype dtype, index_t c, index_t h, index_t w, bool channels_las
 }
 
 template <typename scalar_t>
+void run_norm(index_t c) {
+  const bool wide = sizeof(scalar_t) == 8;
+  Buffer<double> moments(3 * c, 2);
+  Buffer<scalar_t> row(c, 1), table(3 * c, NAN), mean(c, 1), var(c, 1), correction(2 * c, NAN), dweight(c, NAN), dbias(c, NAN);
+  index_t batches = 3;
+  const Numbers statistics{moments.data, true}, numbers{row.data, wide}, made{table.data, wide}, none{};
+  for (const Numbers& count : {none, numbers})
+    if (batch_norm_cuda(BatchNormTable{c, 1, statistics, numbers, count, count, count, made}, nullptr)) std::abort();
+  table.expect_written("batch_norm_channels");
+  for (const bool average : {false, true})
+    if (batch_norm_cuda(BatchNormFollow{c, average, 0.1, statistics, {mean.data, wide}, {var.data, wide}, &batches}, nullptr)) std::abort();
+  mean.expect_written("batch_norm_follow"), var.expect_written("batch_norm_follow");
+  if (batch_norm_cuda(BatchNormGradient{c, 1, made, statistics, made, {correction.data, wide}, {dweight.data, wide}, {dbias.data, wide}},
+                      nullptr))
+    std::abort();
+  correction.expect_written("batch_norm_channels"), dweight.expect_written("batch_norm_channels");
+  dbias.expect_written("batch_norm_channels");
+  cases += 5;
+}
+
+template <typename scalar_t>
 void run_adaptive(Dtype dtype, Normalize normalize, index_t c, int groups, index_t h, index_t w, int k, int stride, Border border,
                   bool channels_last) {
   const index_t n = 2, taps = groups * k * k;
@@ -173,6 +195,7 @@ int main() {
         run_moments<__half>(Dtype::float16, c, size[0], size[1], channels_last);
         run_moments<double>(Dtype::float64, c, size[0], size[1], channels_last);
       }
+  for (const int c : {1, 7, 256, 700}) run_norm<float>(c), run_norm<double>(c);
   for (const auto& size : {sizes[0], sizes[1], sizes[2]})
     for (const int k : {3, 5, 9})
       for (const bool channels_last : {false, true}) {

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from aliasfused import filters
 from aliasfused.kernels.triton import adaptive_blur_pool as adaptive
+from aliasfused.kernels.triton import batch_norm as norms
 from aliasfused.kernels.triton import blur_pool as ours
 from aliasfused.kernels.triton import channel_moments as moments
 from aliasfused.kernels.triton import max_blur_pool as steps
@@ -55,6 +56,7 @@ def cuobjdump() -> str:
 def compiled(kernel, arguments, capability=90):
     """Compile as a launch with these arguments would: ones and multiples of 16 are made known to the compiler."""
     signature, constants, attributes = {}, {}, {}
+    pointers = POINTERS | {torch.int64: "*i64"}
 
     def typed(value, path, specialised):
         if isinstance(value, tuple):
@@ -65,7 +67,7 @@ def compiled(kernel, arguments, capability=90):
         if isinstance(value, torch.Tensor) or (specialised and value % 16 == 0):
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
-            return POINTERS[value.dtype]
+            return pointers[value.dtype]
         return "i32" if abs(value) < 2**31 else "i64"
 
     for i, parameter in enumerate(kernel.params):
@@ -168,7 +170,7 @@ def test_gather(adjoint, learned):
 def launched(monkeypatch):
     """What would have been launched, as (kernel, arguments)."""
     calls = []
-    for module in (adaptive, ours, moments, steps):
+    for module in (adaptive, norms, ours, moments, steps):
         monkeypatch.setattr(
             module, "launch", lambda device, threads, kernel, _, arguments: calls.append((kernel, arguments))
         )
@@ -244,6 +246,21 @@ def test_moments_of_other_images(shape, cut, launched, tmp_path):
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta")[..., cut:]
     moments.channel_moments(x)
     assert_lean(compiled(*launched[0]), tmp_path, shared=8 * moments.THREADS * launched[0][1]["SPAN"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm(dtype, launched, tmp_path):
+    """Of parameters and statistics in this dtype."""
+    moments, sums = torch.empty(3, 64, dtype=torch.float64, device="meta"), torch.empty(2, 64, device="meta")
+    row, batches = torch.empty(64, dtype=dtype, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    table = norms.batch_norm_table(row, row, None, row, row, 1e-5, False)
+    norms.batch_norm_table(moments[1], moments[2], moments[0], None, None, 1e-5, False)
+    norms.batch_norm_follow(row, row, batches, moments, 0.1)
+    norms.batch_norm_follow(row, row, batches, moments, None)
+    norms.batch_norm_gradient(sums, moments, table, 1e-5)
+    assert len(launched) == 5
+    for call in launched:
+        assert_lean(compiled(*call), tmp_path)
 
 
 def predicted(k, normalize, channels_last, dtype=torch.bfloat16, shape=(8, 64, 56, 56), groups=8, border="reflect"):

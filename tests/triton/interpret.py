@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch._prims_common import suggest_memory_format
 
 import aliasfused
+import test_contract as contract
 import tolerances
 from aliasfused import filters
 from aliasfused.kernels import reference
@@ -466,3 +467,16 @@ def test_moments_in_several_shares_and_sums(layout, monkeypatch):
         assert_moments(x)
         shares, _, plan = moments._plan(Operand.of(x), threads, programs)
         assert shares > 1 if programs > 1 else plan["share"] > plan["ROWS"] * plan["SUM"]
+
+
+@pytest.mark.parametrize(("channels", "offset"), contract.NORMS)
+def test_batch_norm(channels, offset):
+    """By the contract of the backends."""
+    case, place = (channels, offset), ("triton", "cpu")
+    for dtype in (torch.float32, torch.float64):
+        contract.test_batch_norm_gradient(*case, dtype, dtype is torch.float64, *place)
+    for rows in (torch.float32, torch.float64, torch.bfloat16):
+        contract.test_batch_norm_table(*case, rows, rows is torch.float64, *place)
+        contract.test_batch_norm_follow(*case, rows, 0.1, *place)
+    contract.test_batch_norm_table(*case, None, True, *place)
+    contract.test_batch_norm_follow(*case, torch.float32, None, *place)

@@ -15,6 +15,7 @@ _OPS = {
     "blur_pool": ("blur_pool_fwd", "blur_pool_bwd", "blur_pool_taps_fwd", "blur_pool_taps_bwd", "blur_pool_taps_grad"),
     "max_blur_pool": ("max_blur_pool_fwd", "max_blur_pool_bwd", "max_blur_pool_sums"),
     "channel_moments": ("channel_moments",),
+    "batch_norm": ("batch_norm_table", "batch_norm_follow", "batch_norm_gradient"),
     "adaptive_blur_pool": ("adaptive_blur_pool_fwd", "adaptive_blur_pool_bwd", "adaptive_blur_pool_logits_grad"),
 }
 
