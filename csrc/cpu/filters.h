@@ -4,7 +4,7 @@
 
 #include "../adaptive_blur_pool.h"
 #include "act.h"
-#include "rows.h"
+#include "turn.h"
 
 namespace aliasfused {
 namespace AF_ISA {
@@ -34,8 +34,7 @@ struct Filters {
     if (s.c != 1 || s.w == 1) {
       for (index_t t = 0; t < tables; ++t) load_row(from + t * s.c, row + t * pitch);
     } else {
-      for (index_t j = 0; j < width; ++j)
-        for (index_t t = 0; t < tables; ++t) row[t * pitch + j] = widen(from[t * s.c + j * s.w]);
+      turn(from, s.w, row, pitch, width, tables);
     }
     each_softmax([&](index_t first, index_t count) { softmax(row + first * pitch, count); });
   }
@@ -52,8 +51,7 @@ struct Filters {
       for (index_t t = 0; t < (by_taps ? tables : 1); ++t)
         std::memset(to + a * s.h + t * s.c, 0, (by_taps ? all : all * tables) * sizeof(T));
     for (index_t t = 0; t < (by_taps ? tables : 0); ++t) store_row(dw + t * pitch, to + t * s.c);
-    for (index_t j = 0; j < (by_taps ? 0 : width); ++j)
-      for (index_t t = 0; t < tables; ++t) store_one(to + t + j * op.span_w * s.w, dw[t * pitch + j]);
+    if (!by_taps) turn(dw, pitch, to, op.span_w * s.w, tables, width);
   }
 
  private:
@@ -93,10 +91,9 @@ struct Filters {
         else Lanes<T>::store(to + 2 * j, u, static_cast<int>(some));
       }
     } else {
-      for (; j < width; ++j) store_one(to + j * op.span_w, from[j]);
+      for (; j < width; ++j) Lanes<T>::store_vector(to + j * op.span_w, Numbers{} + from[j], 1);
     }
   }
-  static void store_one(T* to, acc value) { Lanes<T>::store_vector(to, Numbers{} + value, 1); }
 
   NOINLINED void softmax(acc* z, index_t count) const {
     for (index_t j = 0; j < width; j += lanes) {
