@@ -96,7 +96,7 @@ def test_several_tiles(emulated, channels_last, normalize):
         dtype = [torch.bfloat16, torch.float32][i % 2]
         args = (k, stride, groups, normalize, BORDERS[3 - i % 2])
         kernels = check(emulated, *inputs(shape, dtype, args, [channels_last] * 3, i % 2 == 0), args, channels_last)
-        assert kernels == {"nhwc" if channels_last and shape[1] // groups % 8 == 0 else "element"}
+        assert kernels == {"nhwc" if channels_last and k < 7 and shape[1] // groups % 8 == 0 else "element"}
 
 
 @pytest.mark.parametrize("dtype", TUNED_DTYPES, ids=str)
@@ -104,7 +104,8 @@ def test_several_tiles(emulated, channels_last, normalize):
 def test_packs_of_channels(emulated, pad_mode, dtype):
     for k, normalize in itertools.product((3, 5, 9), NORMALIZE):
         args = (k, (2, 2), 2, normalize, pad_mode)
-        assert check(emulated, *inputs((1, 16, 6, 9), dtype, args, (True, True, k > 3)), args, True) == {"nhwc"}
+        kernels = check(emulated, *inputs((1, 16, 6, 9), dtype, args, (True, True, k > 3)), args, True)
+        assert kernels == {"element" if k == 9 else "nhwc"}
 
 
 @pytest.mark.parametrize("pad_mode", BORDERS)
