@@ -16,7 +16,7 @@ struct AdaptivePixels {
   using acc = acc_t<T>;
   using V = Vector<acc>;
   using Numbers = typename V::type;
-  static constexpr int lanes = V::lanes, unit = 2 * lanes;
+  static constexpr int lanes = V::lanes, unit = 2 * lanes, most_together = 9;
 
   const AdaptiveBlurPool& op;
   const Filters<T>& filters;
@@ -40,11 +40,11 @@ struct AdaptivePixels {
   // What a result is made of: as many outputs side by side as there are lanes for the filters' gradients, else one pixel.
   Scratch<const R*> source{most_rows * most_cols * (dlogits ? lanes : 1)};
   Scratch<const acc*> weight{most_rows * most_cols};
-  Scratch<acc> dw{dlogits ? filters.elements : 0}, products{dlogits ? taps * lanes * lanes : 0};
+  Scratch<acc> dw{dlogits ? filters.elements : 0}, products{dlogits ? most_together * lanes * lanes : 0};
 
   AdaptivePixels(const AdaptiveBlurPool& of, const Filters<T>& of_all, index_t most) : op(of), filters(of_all), rows(of_all, most) {
     std::memset(zeros.data, 0, op.channels * sizeof(R));
-    if (dlogits) std::memset(products.data, 0, taps * lanes * lanes * sizeof(acc));
+    if (dlogits) std::memset(products.data, 0, most_together * lanes * lanes * sizeof(acc));
     for (index_t j = 0; j < along.out; ++j)
       for (int q = 0; q < k; ++q) reads.data[j * k + q] = along.source(j * along.stride + q - along.before);
     if (!adjoint) return;
@@ -71,13 +71,6 @@ struct AdaptivePixels {
   }
 
  private:
-  template <typename F>
-  void sized(F&& f) const {
-    if (k == 3) return f(std::integral_constant<int, 9>{});
-    if (k == 5) return f(std::integral_constant<int, 25>{});
-    f(std::integral_constant<int, 0>{});
-  }
-
   void read_rows(index_t n, index_t i) {
     for (int p = 0; p < k; ++p) {
       const index_t h = down.source(i * down.stride + p - down.before);
@@ -98,7 +91,10 @@ struct AdaptivePixels {
     for (index_t j = 0; j < along.out; ++j) {
       read_pixels(j, source.data);
       for (int t = 0; t < taps; ++t) weight.data[t] = w + t * filters.pitch + j;
-      sized([&](auto N) { blend<N>(taps, row + j * to.step); });
+      R* y = row + j * to.step;
+      if (k == 3) blend<9>(taps, y);
+      else if (k == 5) blend<25>(taps, y);
+      else blend<0>(taps, y);
     }
   }
 
@@ -184,49 +180,54 @@ struct AdaptivePixels {
       const index_t some = min(along.out - first, lanes);
       for (index_t j = 0; j < some; ++j) read_pixels(first + j, source.data + j * taps);
       for (index_t g = 0; g < op.groups; g += paired ? 2 : 1) {
-        for (index_t j = 0; j < some; ++j)
-          sized([&](auto N) {
-            const index_t begin = g * per_group;
-            multiply<N>(of_dy + (first + j) * dy.step, source.data + j * taps, begin, begin + (paired ? lanes : per_group), j);
-          });
         acc* sums = dw.data + filters.margin + g * group_step + first;
-        if (paired) add_up<2>(sums);
-        else add_up<1>(sums);
+        const auto by = [&](auto together) {
+          for (int t = 0; t < taps; t += together) {
+            multiply<together>(of_dy + first * dy.step, some, t, g * per_group, paired ? lanes : per_group);
+            if (paired) add_up<2>(together, sums + t * filters.pitch);
+            else add_up<1>(together, sums + t * filters.pitch);
+          }
+        };
+        // Not many more: pixels often lie a multiple of 4 KB apart, and crowd each other out of the nearest cache.
+        if (k == 3) by(std::integral_constant<int, 9>{});
+        else if (k == 5) by(std::integral_constant<int, 5>{});
+        else by(std::integral_constant<int, 1>{});
       }
     }
     filters.differentiate(w, dw.data + filters.margin, n, i);
   }
-  // Output j of those side by side: tap by tap, dy times what the tap reads of channels [begin, end), in as many parts as lanes.
-  template <int N>
-  NOINLINED void multiply(const R* of_dy, const R* const* from, index_t begin, index_t end, index_t j) const {
-    constexpr int together = N ? N : 1;
-    for (int first = 0; first < taps; first += together) {
-      Numbers sums[together] = {};
+  // For outputs side by side, dy times what taps from `tap` on read of `size` channels from `begin` on, in as many parts as lanes.
+  template <int TOGETHER>
+  NOINLINED void multiply(const R* of_dy, index_t outputs, int tap, index_t begin, index_t size) const {
+    for (index_t j = 0; j < outputs; ++j) {
+      const R* d = of_dy + j * dy.step + begin;
+      const R* const* from = source.data + j * taps + tap;
+      Numbers sums[TOGETHER] = {};
       const auto add = [&](auto load) INLINED {
-        const Numbers d = load(of_dy);
-#pragma GCC unroll 25
-        for (int t = 0; t < together; ++t) sums[t] += d * load(from[first + t]);
+        const Numbers of_d = load(d);
+#pragma GCC unroll 9
+        for (int t = 0; t < TOGETHER; ++t) sums[t] += of_d * load(from[t] + begin);
       };
-      index_t c = begin;
-      for (; c + unit <= end; c += unit) {
-        const Unit<acc> d = Lanes<R>::load(of_dy + c);
-#pragma GCC unroll 25
-        for (int t = 0; t < together; ++t) {
-          const Unit<acc> pixels = Lanes<R>::load(from[first + t] + c);
-          sums[t] += d.a * pixels.a;
-          sums[t] += d.b * pixels.b;
+      index_t c = 0;
+      for (; c + unit <= size; c += unit) {
+        const Unit<acc> of_d = Lanes<R>::load(d + c);
+#pragma GCC unroll 9
+        for (int t = 0; t < TOGETHER; ++t) {
+          const Unit<acc> pixels = Lanes<R>::load(from[t] + begin + c);
+          sums[t] += of_d.a * pixels.a;
+          sums[t] += of_d.b * pixels.b;
         }
       }
-      if (c + lanes <= end) add([c](const R* p) INLINED { return Lanes<R>::load_vector(p + c); }), c += lanes;
-      const int some = static_cast<int>(end - c);
+      if (c + lanes <= size) add([c](const R* p) INLINED { return Lanes<R>::load_vector(p + c); }), c += lanes;
+      const int some = static_cast<int>(size - c);
       if (some > 0) add([c, some](const R* p) INLINED { return Lanes<R>::load_vector(p + c, some); });
-#pragma GCC unroll 25
-      for (int t = 0; t < together; ++t) V::store(products.data + ((first + t) * lanes + j) * lanes, sums[t]);
+#pragma GCC unroll 9
+      for (int t = 0; t < TOGETHER; ++t) V::store(products.data + (t * lanes + j) * lanes, sums[t]);
     }
   }
   template <int GROUPS>
-  NOINLINED void add_up(acc* to) const {
-    for (int t = 0; t < taps; ++t) {
+  NOINLINED void add_up(int count, acc* to) const {
+    for (int t = 0; t < count; ++t) {
       Numbers v[lanes];
 #pragma GCC unroll 16
       for (int j = 0; j < lanes; ++j) v[j] = V::load(products.data + (t * lanes + j) * lanes);

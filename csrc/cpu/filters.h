@@ -43,15 +43,17 @@ struct Filters {
   void differentiate(const acc* row, acc* dw, index_t n, index_t i) const {
     each_softmax([&](index_t first, index_t count) { softmax_gradient(row + first * pitch, dw + first * pitch, count); });
     const Strides& s = op.dst_stride;
-    const index_t h = i * op.span_h, all = op.span_w == 1 ? width : op.cols.in;
+    const index_t h = i * op.span_h, below = min(op.span_h, op.rows.in - h) - 1;  // rows of zeros
     T* to = static_cast<T*>(op.dst) + n * s.n + h * s.h;
-    // A row of dlogits lies tap by tap, or pixel by pixel: there is no third format.
-    const bool by_taps = s.w == 1;
-    for (index_t a = op.span_w == 1 ? 1 : 0; a < min(op.span_h, op.rows.in - h); ++a)
-      for (index_t t = 0; t < (by_taps ? tables : 1); ++t)
-        std::memset(to + a * s.h + t * s.c, 0, (by_taps ? all : all * tables) * sizeof(T));
-    for (index_t t = 0; t < (by_taps ? tables : 0); ++t) store_row(dw + t * pitch, to + t * s.c);
-    if (!by_taps) turn(dw, pitch, to, op.span_w * s.w, tables, width);
+    // A row of dlogits lies tap by tap, or pixel by pixel, and the next one behind it: there is no third format.
+    if (s.w != 1) {
+      if (op.span_h * op.span_w > 1) std::memset(to, 0, (1 + below) * s.h * sizeof(T));
+      return turn(dw, pitch, to, op.span_w * s.w, tables, width);
+    }
+    for (index_t t = 0; t < tables; ++t, to += s.c) {
+      store_row(dw + t * pitch, to);
+      if (below > 0) std::memset(to + s.h, 0, below * s.h * sizeof(T));
+    }
   }
 
  private:
@@ -91,6 +93,7 @@ struct Filters {
         else Lanes<T>::store(to + 2 * j, u, static_cast<int>(some));
       }
     } else {
+      std::memset(to, 0, op.cols.in * sizeof(T));
       for (; j < width; ++j) Lanes<T>::store_vector(to + j * op.span_w, Numbers{} + from[j], 1);
     }
   }
