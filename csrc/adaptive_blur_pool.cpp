@@ -38,14 +38,17 @@ AdaptiveBlurPool told(const Tensor& map, const Tensor& logits, int64_t k, const 
   STD_TORCH_CHECK(groups >= 1 && map.size(1) % groups == 0, "aliasfused: groups must divide the ", map.size(1), " channels, got ", groups);
   const int64_t r = k / 2;
   const Geometry g(h, w, k, k, stride, {r, r, r, r}, pad_mode);
-  STD_TORCH_CHECK(logits.size(0) == map.size(0) && logits.size(1) == groups * k * k && logits.size(2) == g.rows.out &&
-                      logits.size(3) == g.cols.out && logits.scalar_type() == map.scalar_type() && logits.device() == map.device(),
+  const bool kept = logits.size(2) == g.rows.out && logits.size(3) == g.cols.out, all = logits.size(2) == h && logits.size(3) == w;
+  STD_TORCH_CHECK(logits.size(0) == map.size(0) && logits.size(1) == groups * k * k && (kept || all) &&
+                      logits.scalar_type() == map.scalar_type() && logits.device() == map.device(),
                   "aliasfused: logits must be ", map.size(0), " x ", groups * k * k, " x ", g.rows.out, " x ", g.cols.out,
-                  " with the dtype and device of x");
+                  ", at the kept positions, or x ", h, " x ", w, ", at all, with the dtype and device of x");
   AdaptiveBlurPool op{};
   op.dtype = dtype_of(map), op.normalize = normalize_of(normalize), op.batch = map.size(0), op.channels = map.size(1);
   op.groups = static_cast<int>(groups), op.rows = g.rows, op.cols = g.cols;
   op.logits = logits.data_ptr(), op.logits_stride = strides_of(logits);
+  op.span_h = kept ? 1 : g.rows.stride, op.span_w = kept ? 1 : g.cols.stride;
+  op.logits_stride.h *= op.span_h, op.logits_stride.w *= op.span_w;
   return op;
 }
 
@@ -69,7 +72,7 @@ template <typename Device>
 Tensor bwd(Tensor dy, Tensor logits, int64_t k, Ints stride, int64_t groups, std::string normalize, std::string pad_mode, int64_t h,
            int64_t w, bool channels_last) {
   AdaptiveBlurPool op = told(dy, logits, k, stride, groups, normalize, pad_mode, h, w);
-  check_dy(dy, dy, logits.size(2), logits.size(3));
+  check_dy(dy, dy, op.rows.out, op.cols.out);
   op.dy = dy.data_ptr(), op.dy_stride = strides_of(dy);
   return into<Device>(op, AdaptiveResult::dx, empty_4d(dy, dy.size(0), dy.size(1), h, w, channels_last), dy);
 }
@@ -79,7 +82,7 @@ Tensor logits_grad(Tensor dy, Tensor x, Tensor logits, int64_t k, Ints stride, i
                    std::string pad_mode) {
   check_4d(x, "x");
   AdaptiveBlurPool op = told(x, logits, k, stride, groups, normalize, pad_mode, x.size(2), x.size(3));
-  check_dy(dy, x, logits.size(2), logits.size(3));
+  check_dy(dy, x, op.rows.out, op.cols.out);
   op.x = x.data_ptr(), op.x_stride = strides_of(x), op.dy = dy.data_ptr(), op.dy_stride = strides_of(dy);
   Tensor dst = empty_4d(logits, logits.size(0), logits.size(1), logits.size(2), logits.size(3), is_channels_last(logits));
   if (x.numel() == 0) torch::stable::zero_(dst);

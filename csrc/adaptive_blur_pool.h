@@ -8,6 +8,8 @@
 //   dx      = sum over the outputs that read a pixel, of w dy
 //   dw      = sum over the channels of a group, of dy x~
 //   dlogits = dw, or w (dw - sum w dw) with the sum over what the softmax is over
+//
+// The logits of output (i,j) may lie in a map of the size of x at (s_h i, s_w j); the gradient is zero elsewhere in it.
 #pragma once
 
 #include "blur_pool.h"
@@ -30,6 +32,7 @@ struct AdaptiveBlurPool {
   const void* logits;  // (batch, groups * k * k, rows.out, cols.out); channel g k^2 + p k + q
   void* dst;
   Strides x_stride, dy_stride, logits_stride, dst_stride;
+  int span_h, span_w;  // what an output has of dlogits, the rest of it zeros: 1 x 1, or the strides if logits are of all positions
 };
 
 }  // namespace aliasfused

@@ -298,15 +298,20 @@ class AdaptiveCase:
     pad_mode: str = "reflect"
     batch: int = 2
     channels: int = 8
+    everywhere: bool = False  # logits of all positions of x
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return (self.batch, self.channels, *self.size)
 
     @property
+    def out(self) -> tuple[int, int]:
+        out_h, out_w = (-(-n // s) for n, s in zip(self.size, self.stride, strict=True))
+        return out_h, out_w
+
+    @property
     def logits_shape(self) -> tuple[int, int, int, int]:
-        out = (-(-n // s) for n, s in zip(self.size, self.stride, strict=True))
-        return (self.batch, self.groups * self.k**2, *out)
+        return (self.batch, self.groups * self.k**2, *(self.size if self.everywhere else self.out))
 
     @property
     def arguments(self) -> tuple:
@@ -315,7 +320,7 @@ class AdaptiveCase:
 
     def __str__(self) -> str:
         text = "{}x{}x{}x{}-k{}-s{}x{}".format(*self.shape, self.k, *self.stride)
-        return f"{text}-g{self.groups}-{self.normalize}-{self.pad_mode}"
+        return f"{text}-g{self.groups}-{self.normalize}-{self.pad_mode}{'-everywhere' * self.everywhere}"
 
 
 ADAPTIVE = (
@@ -337,8 +342,22 @@ ADAPTIVE = (
     *(AdaptiveCase("one pixel", (1, 1), 5, pad_mode=border) for border in ("reflect", "zeros")),
     AdaptiveCase("rows that fill vectors and more", (5, 131), batch=1),
     AdaptiveCase("groups that fill vectors", (5, 6), groups=2, channels=64, batch=1),
+    AdaptiveCase("groups that fill half a vector, or all of it", (5, 18), groups=6, channels=48, batch=1),
+    AdaptiveCase("half vectors, the last one alone", (6, 7), 5, groups=3, channels=24, batch=1, normalize="joint"),
+    AdaptiveCase("rows copied, opposite borders at a time", (19, 34), 5, groups=2, channels=34, batch=2, pad_mode="circular"),
     AdaptiveCase("groups that leave a tail", (5, 6), 5, groups=2, channels=38, batch=1, normalize="none"),
     AdaptiveCase("enough rows for several pieces", (67, 40), 5, groups=2, channels=6, batch=1),
     AdaptiveCase("enough rows for several pieces, wrapped", (70, 33), groups=2, channels=6, batch=1, pad_mode="circular"),
     AdaptiveCase("an empty batch", (7, 9), batch=0),
+    *(
+        AdaptiveCase("logits of all positions", (8, 13), 3, normalize=normalize, pad_mode=border, everywhere=True)
+        for normalize, border in (("group", "reflect"), ("joint", "circular"), ("none", "zeros"))
+    ),
+    AdaptiveCase("logits of all positions, whose rows fill vectors and more", (5, 131), batch=1, groups=2, everywhere=True),
+    AdaptiveCase("logits of all positions, a filter with few channels", (9, 34), 5, groups=1, channels=2, everywhere=True),
+    AdaptiveCase("logits of all positions, several of each kind between two that are read", (11, 14), 3, (4, 5), everywhere=True),
+    AdaptiveCase("logits of all positions, all of a row's read", (10, 17), 3, (3, 1), everywhere=True),
+    AdaptiveCase("logits of all positions, all of a column's read", (9, 35), 3, (1, 2), normalize="joint", everywhere=True),
+    AdaptiveCase("logits of all positions of one row, which is all that is kept", (1, 9), everywhere=True),
+    AdaptiveCase("an empty batch with logits of all positions", (7, 9), batch=0, everywhere=True),
 )  # fmt: skip

@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import mmap
 import sys
+from random import Random
 
 import torch
 
@@ -161,15 +162,19 @@ def norms() -> int:
 
 
 def adaptive() -> int:
-    """Rows of outputs, and groups of channels, that end on both sides of every vector's length."""
-    every = list(itertools.product((1, 7, 8, 9, 15, 16, 17, 31, 33, 65), (3, 5, 7), (1, 2), (False, True)))
-    for checked, (n, k, stride, channels_last) in enumerate(every):
-        dtype, end = DTYPES[checked % 4], bool(checked % 2)
-        size, groups, channels = ((4, 3), 2, 2 * n) if channels_last else ((5, n * stride), 2, 4)
-        arguments = (k, (stride, stride), groups, ("group", "joint", "none")[checked % 3], BORDERS[checked // 2 % 4])
+    """Rows of outputs, and groups of channels, that end on both sides of every vector's length; NCHW also both, as it is copied."""
+    lengths, kinds = (1, 4, 7, 8, 9, 15, 16, 17, 31, 33, 65), ("rows", "groups", "both")
+    every = list(itertools.product(lengths, (3, 5, 7), (1, 2), kinds))
+    draw = Random(0)
+    for checked, (n, k, stride, kind) in enumerate(every):
+        dtype, end, channels_last = DTYPES[checked % 4], bool(checked % 2), kind == "groups"
+        size, groups = (4, 3) if channels_last else (5, n * stride), 2
+        channels = 4 if kind == "rows" else 2 * n
+        arguments = (k, (stride, stride), groups, draw.choice(("group", "joint", "none")), draw.choice(BORDERS))
         grid = [-(-m // stride) for m in size]
         x = fenced(random(1, channels, *size, dtype=dtype), channels_last, end)
-        logits = fenced(random(1, groups * k * k, *grid, dtype=dtype, seed=1), channels_last, not end)
+        given = draw.choice((grid, size))
+        logits = fenced(random(1, groups * k * k, *given, dtype=dtype, seed=1), channels_last, not end)
         dy = fenced(random(1, channels, *grid, dtype=dtype, seed=2), channels_last, end)
         blur, what = Adaptive(size, logits, *arguments), f"adaptive {size}, {arguments}, {dtype}, {channels} channels"
         truth = blur.forward(x)

@@ -117,12 +117,29 @@ def test_large_logits_do_not_overflow():
                      [unfolded(x.double(), logits.double(), normalize=normalize)], 1e10)  # fmt: skip
 
 
-def test_only_x_and_logits_are_kept():
+@pytest.mark.parametrize(("size", "limit"), [((28, 28), 1.10), ((56, 56), 1.30)], ids=["kept", "everywhere"])
+def test_only_x_and_logits_are_kept(size, limit):
+    """As they are: of 256 channels and 8 groups, so much of x with x itself. A view would keep its whole storage."""
     kept = []
-    x, logits = (t.requires_grad_() for t in (torch.randn(2, 8, 8, 9), torch.randn(2, 72, 8, 9)))
+    x, logits = (t.requires_grad_() for t in (torch.randn(1, 256, 56, 56), torch.randn(1, 72, *size)))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         adaptive_blur_pool2d(x, logits)
     assert [t.data_ptr() for t in kept] == [x.data_ptr(), logits.data_ptr()]
+    assert sum(t.untyped_storage().nbytes() for t in kept) <= limit * x.nbytes
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_gradient_of_all_logits_is_written_once(memory_format):
+    """By the op itself, in the format of logits: neither zeros nor slices beside it."""
+    x = torch.randn(1, 16, 12, 13)
+    logits = torch.randn(1, 72, 12, 13).contiguous(memory_format=memory_format).requires_grad_()
+    y = adaptive_blur_pool2d(x, logits)
+    with torch.profiler.profile() as profile:
+        (gradient,) = torch.autograd.grad(y, logits, torch.ones_like(y))
+    assert gradient.stride() == logits.stride()
+    names = {event.name for event in profile.events()}
+    assert "aliasfused::adaptive_blur_pool_logits_grad" in names
+    assert not any(name in " ".join(names) for name in ("slice", "zero", "copy"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -172,26 +189,28 @@ def cubed(f):
     return lambda *args: (f(*args) ** 3).sum()
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", ["grad", "vmap", "vmap of grad", "jacrev", "hessian", "jvp"])
-def test_transforms(name):
-    batched = values((3,)) if "vmap" in name else values()
+def test_transforms(name, full):
+    batched = values((3,) if "vmap" in name else (), full)
     transform = {
         "grad": lambda f: torch.func.grad(cubed(f), (0, 1)),
         "vmap": torch.func.vmap,
         "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(cubed(f), (0, 1))),
         "jacrev": lambda f: torch.func.jacrev(f, (0, 1)),
         "hessian": lambda f: torch.func.hessian(cubed(f), (0, 1)),
-        "jvp": lambda f: lambda *args: torch.func.jvp(f, args, values()),
+        "jvp": lambda f: lambda *args: torch.func.jvp(f, args, values(full=full)),
     }[name]
-    ours, theirs = (torch.utils._pytree.tree_leaves(transform(f)(*batched)) for f in small())
+    ours, theirs = (torch.utils._pytree.tree_leaves(transform(f)(*batched)) for f in small(full=full))
     assert_close(ours, theirs, 4000)
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("name", ["step", "dynamic step", "grad", "vmap of grad"])
-def test_compiled_by_value(name):
+def test_compiled_by_value(name, full):
     torch._dynamo.reset()
-    run, expected = small()
-    arguments = values((3,)) if "vmap" in name else values()
+    run, expected = small(full=full)
+    arguments = values((3,) if "vmap" in name else (), full)
     if "step" in name:
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic="dynamic" in name)
         return assert_close(gradients(compiled, *arguments), gradients(expected, *arguments))
@@ -200,9 +219,10 @@ def test_compiled_by_value(name):
     assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(*arguments), theirs(*arguments), 4000)
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_opcheck(memory_format):
-    x, logits = (t.float().contiguous(memory_format=memory_format) for t in values())
+def test_opcheck(memory_format, full):
+    x, logits = (t.float().contiguous(memory_format=memory_format) for t in values(full=full))
     rest = (3, [2, 2], 2, "joint", "reflect")
     dy = torch.randn_like(OPS.adaptive_blur_pool_fwd(x, logits, *rest))
     torch.library.opcheck(OPS.adaptive_blur_pool_fwd.default, (x, logits, *rest))
@@ -215,9 +235,10 @@ class Module(torch.nn.Module):
         return adaptive_blur_pool2d(x, logits, 3, 2, 2)
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.filterwarnings(r"ignore:.*torch\.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_exported_traced_and_lowered():
-    module, arguments = Module(), tuple(v.float() for v in values())
+def test_exported_traced_and_lowered(full):
+    module, arguments = Module(), tuple(v.float() for v in values(full=full))
     y, limit = module(*arguments), bound(arguments[0], 12)
     assert_agree(torch.jit.trace(module, arguments)(*arguments), y, limit)
     program = torch.export.export(module, arguments)
@@ -235,23 +256,30 @@ def test_exported_traced_and_lowered():
     assert_agree(torch.from_numpy(result), y, limit)
 
 
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("pad_mode", BORDERS)
-def test_gradients_lower_to_aten(pad_mode, normalize):
+def test_gradients_lower_to_aten(pad_mode, normalize, full):
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def gradient(x, logits):
         y = adaptive_blur_pool2d(x, logits, 3, 2, 2, normalize=normalize, pad_mode=pad_mode)
         return torch.autograd.grad(y.square().sum(), (x, logits))
 
-    arguments = [v.requires_grad_() for v in values()]
+    arguments = [v.requires_grad_() for v in values(full=full)]
     lowered = make_fx(gradient, decomposition_table=aliasfused.decompositions())(*arguments)
     assert not any("aliasfused" in str(node.target) for node in lowered.graph.nodes)
-    y = unfolded(*arguments, 3, 2, 2, normalize, pad_mode)
+    x, logits = arguments
+    y = unfolded(x, logits[:, :, ::2, ::2] if full else logits, 3, 2, 2, normalize, pad_mode)
     assert_close(lowered(*arguments), torch.autograd.grad(y.square().sum(), arguments))
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def on_meta(x, logits):
+    return OPS.adaptive_blur_pool_fwd(x.to("meta"), logits.to("meta"), 3, [2, 2], 8, "group", "zeros")
+
 
 X, LOGITS = torch.ones(1, 8, 7, 9), torch.ones(1, 72, 4, 5)
 
@@ -275,7 +303,9 @@ X, LOGITS = torch.ones(1, 8, 7, 9), torch.ones(1, 72, 4, 5)
         (lambda: OPS.adaptive_blur_pool_fwd(X, LOGITS, 2, [2, 2], 8, "group", "zeros"), RuntimeError, "kernel_size must be odd"),
         (lambda: OPS.adaptive_blur_pool_fwd(X, LOGITS, 3, [2, 2], 3, "group", "zeros"), RuntimeError, "groups must divide the 8"),
         (lambda: OPS.adaptive_blur_pool_fwd(X, LOGITS, 3, [2, 2], 8, "mean", "zeros"), RuntimeError, "normalize must be"),
-        (lambda: OPS.adaptive_blur_pool_fwd(X, LOGITS, 3, [2, 1], 8, "group", "zeros"), RuntimeError, "logits must be 1 x 72 x 4 x 9"),
+        (lambda: OPS.adaptive_blur_pool_fwd(X, LOGITS, 3, [2, 1], 8, "group", "zeros"), RuntimeError, "4 x 9, .* or x 7 x 9, at all"),
+        (lambda: OPS.adaptive_blur_pool_fwd(X, LOGITS[:, :, 1:], 3, [2, 2], 8, "group", "zeros"), RuntimeError, "1 x 72 x 4 x 5, at the"),
+        (lambda: on_meta(X, LOGITS[:, :, 1:]), ValueError, r"\(1, 72, 4, 5\), at the kept .* or \(1, 72, 7, 9\), at all, got"),
         (lambda: OPS.adaptive_blur_pool_bwd(X, LOGITS, 3, [2, 2], 8, "group", "zeros", 7, 9, False), RuntimeError, "dy must be like"),
         (lambda: OPS.adaptive_blur_pool_logits_grad(X, X, LOGITS, 3, [2, 2], 8, "group", "zeros"), RuntimeError, "dy must be like"),
     ],

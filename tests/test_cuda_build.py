@@ -89,7 +89,7 @@ def compiled(tmp_path_factory) -> dict[str, tuple[Path, list[Kernel]]]:
 # How many kernels a source has, at least.
 @pytest.mark.parametrize(
     ("source", "fewest"),
-    [("blur_pool", 100), ("max_blur_pool", 24), ("channel_moments", 13), ("batch_norm", 3), ("adaptive_blur_pool", 57)],
+    [("blur_pool", 100), ("max_blur_pool", 24), ("channel_moments", 13), ("batch_norm", 3), ("adaptive_blur_pool", 48)],
 )
 def test_every_architecture_has_every_kernel(compiled, source, fewest):
     kernels = compiled[source][1]
@@ -147,10 +147,10 @@ def test_packs_of_moments_are_read_16_bytes_at_once(compiled):
 
 
 def test_packs_of_predicted_filters_move_16_bytes_at_once(compiled):
-    """Of NHWC all of x, y and their gradients; logits and theirs are numbers."""
+    """Of NHWC all of x, y and their gradients, for the usual filters; logits and theirs are numbers."""
     code = functions(compiled["adaptive_blur_pool"][0])
     packs = {name: text for name, text in code.items() if re.search(r"adaptive_(down|up|grad)I\w+?Li[48]ELb1E", name)}
-    assert len(packs) == 27
+    assert len(packs) == 18
     for name, text in packs.items():
         assert "LDG.E.128" in text, name
         assert ("STG.E.128" in text) == ("adaptive_grad" not in name), name

@@ -207,5 +207,5 @@ def adaptive_logits_grad(
         weighed = ((w + off) * magnitude).sum(blur.over, keepdim=True)
         mean_error = (off * magnitude + (w + off) * error).sum(blur.over, keepdim=True) + (terms + 2) * eps * weighed
         error = off * (magnitude + weighed) + (w + off) * (error + mean_error + 4 * eps * (magnitude + weighed))
-    error = error.flatten(1, 2)
+    error = blur.among_zeros(error.flatten(1, 2))
     return error + rounding(truth, error, logits.dtype, ulps)

@@ -145,7 +145,19 @@ class Adaptive:
         # Of a map with a zero row above and a zero column ahead of it: the element that a tap of an output reads.
         self.reads = (rows[:, None, :, None] * (size[1] + 1) + cols[None, :, None, :]).flatten(0, 1)
         self.size, self.groups, self.normalize = tuple(size), groups, normalize
-        self.logits = logits.detach().cpu().double().unflatten(1, (groups, kernel_size**2))
+        # Logits of all positions of x are as many as x has, and those of the outputs are read.
+        self.logits_size = tuple(logits.shape[2:])
+        self.steps = tuple(stride) if self.logits_size == self.size else (1, 1)
+        self.logits = self.kept(logits.detach().cpu().double()).unflatten(1, (groups, kernel_size**2))
+
+    def kept(self, t: torch.Tensor) -> torch.Tensor:
+        return t[..., :: self.steps[0], :: self.steps[1]]
+
+    def among_zeros(self, t: torch.Tensor) -> torch.Tensor:
+        """The transpose of ``kept``."""
+        wide = t.new_zeros(*t.shape[:-2], *self.logits_size)
+        self.kept(wide).copy_(t)
+        return wide
 
     @property
     def over(self) -> tuple[int, ...]:
@@ -195,4 +207,4 @@ class Adaptive:
     def logits_gradient(self, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         logits = self.logits.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(self.filters(logits), logits, self.correlated(dy, x))
-        return gradient.flatten(1, 2)
+        return self.among_zeros(gradient.flatten(1, 2))

@@ -172,6 +172,17 @@ def max_blur_pool_sums(dy, x, affine, *rest):
     return sums if x.dtype is torch.float64 else sums.float()
 
 
+def logits_steps(logits: torch.Tensor, size, stride):
+    """How far apart the logits of neighbouring outputs lie: the stride, where there are some for all positions of x, of ``size``."""
+    return tuple(stride) if tuple(logits.shape[2:]) == tuple(size) else (1, 1)
+
+
+def kept(logits: torch.Tensor, size, stride) -> torch.Tensor:
+    """The logits of the outputs."""
+    s_h, s_w = logits_steps(logits, size, stride)
+    return logits if s_h == s_w == 1 else logits[:, :, ::s_h, ::s_w]
+
+
 def filters_of(logits: torch.Tensor, kernel_size: int, groups: int, normalize: str) -> torch.Tensor:
     """The filters that logits stand for, (N, G, k^2, H', W'), in at least float32."""
     wide = logits if logits.dtype is torch.float64 else logits.float()
@@ -197,6 +208,7 @@ def adaptive_in_steps(x, logits, kernel_size, stride, groups, normalize, pad_mod
     if gather is None:
         leaves = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
         gather = not leaves and kernel_size // 2 >= min(x.shape[2:])
+    logits = kept(logits, x.shape[2:], stride)
     w = filters_of(logits, kernel_size, groups, normalize)
     shown = shown_to_taps(x, logits.shape[2:], kernel_size, stride, groups, pad_mode, gather)
     y = sum(w[:, :, None, tap] * pixels for tap, pixels in enumerate(shown)).flatten(1, 2).to(x.dtype)
@@ -213,16 +225,16 @@ def _grids(size, kernel_size, stride, pad_mode, device):
 
 
 def adaptive_blur_pool_fwd(x, logits, kernel_size, stride, groups, normalize, pad_mode):
-    w = filters_of(logits.double(), kernel_size, groups, normalize)
+    w = filters_of(kept(logits, x.shape[2:], stride).double(), kernel_size, groups, normalize)
     pixels = x.double().unflatten(1, (groups, x.shape[1] // groups))
-    y = pixels.new_zeros((*pixels.shape[:3], *logits.shape[2:]))
+    y = pixels.new_zeros((*pixels.shape[:3], *w.shape[3:]))
     for tap, rows, cols in _grids(x.shape[2:], kernel_size, stride, pad_mode, x.device):
         y += w[:, :, None, tap] * (rows @ pixels @ cols.mT)
     return _like(y.flatten(1, 2), x, torch._prims_common.suggest_memory_format(x) is torch.channels_last)
 
 
 def adaptive_blur_pool_bwd(dy, logits, kernel_size, stride, groups, normalize, pad_mode, H, W, channels_last):
-    w = filters_of(logits.double(), kernel_size, groups, normalize)
+    w = filters_of(kept(logits, (H, W), stride).double(), kernel_size, groups, normalize)
     results = dy.double().unflatten(1, (groups, dy.shape[1] // groups))
     dx = results.new_zeros((*results.shape[:3], H, W))
     for tap, rows, cols in _grids((H, W), kernel_size, stride, pad_mode, dy.device):
@@ -231,15 +243,17 @@ def adaptive_blur_pool_bwd(dy, logits, kernel_size, stride, groups, normalize, p
 
 
 def adaptive_blur_pool_logits_grad(dy, x, logits, kernel_size, stride, groups, normalize, pad_mode):
-    w = filters_of(logits.double(), kernel_size, groups, normalize)
+    s_h, s_w = logits_steps(logits, x.shape[2:], stride)
+    w = filters_of(logits[:, :, ::s_h, ::s_w].double(), kernel_size, groups, normalize)
     pixels, results = (t.double().unflatten(1, (groups, t.shape[1] // groups)) for t in (x, dy))
     dw = torch.zeros_like(w)
     for tap, rows, cols in _grids(x.shape[2:], kernel_size, stride, pad_mode, x.device):
         dw[:, :, tap] = (results * (rows @ pixels @ cols.mT)).sum(2)
     if normalize != "none":
         dw = w * (dw - (w * dw).sum(2 if normalize == "group" else (1, 2), keepdim=True))
-    last = torch._prims_common.suggest_memory_format(logits) is torch.channels_last
-    return _like(dw.flatten(1, 2), logits, last)
+    dlogits = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
+    dlogits[:, :, ::s_h, ::s_w] = dw.flatten(1, 2)
+    return _like(dlogits, logits, torch._prims_common.suggest_memory_format(logits) is torch.channels_last)
 
 
 def channel_moments(x):

@@ -9,6 +9,8 @@ with k odd, r = k // 2, g(c) = c // (C / G), and x~ = x extended beyond its bord
     dw      = sum over the channels c of g, of dy[n,c,i,j] x~[n,c, s_h i + p - r, s_w j + q - r]
     dlogits = w (dw - sum w dw), the sum over what the softmax is over;  dw where there is none
 
+Logits may also come for all positions of x. Those at (s_h i, s_w j) are read then, and the gradient of the others is zero.
+
 No filter ever reaches memory: whoever needs w makes it of the logits. x and logits are kept for the backward.
 
 Source: Zou, Xiao, Yu & Lee, Delving Deeper into Anti-aliasing in ConvNets, 2020.
@@ -16,7 +18,7 @@ Source: Zou, Xiao, Yu & Lee, Delving Deeper into Anti-aliasing in ConvNets, 2020
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,15 +33,29 @@ NORMALIZE = ("group", "joint", "none")
 _ARGUMENTS = "int kernel_size, int[] stride, int groups, str normalize, str pad_mode"
 
 
+def _grid(batch: int, size: tuple[int, ...], logits: torch.Tensor, k: int, stride: Any, groups: int) -> tuple[int, ...]:
+    """The size of y for x of ``size``, if the logits are of either size that there may be."""
+    grid = tuple((n - 1) // s + 1 for n, s in zip(size, stride, strict=True))
+    begins, given = (batch, groups * k**2), tuple(logits.shape)
+    if given[:2] != begins or given[2:] not in (grid, tuple(size)):
+        raise ValueError(
+            f"logits must have shape {(*begins, *grid)}, at the kept positions, or {(*begins, *size)}, at all, got {given}"
+        )
+    return grid
+
+
 def _fake_fwd(x, logits, kernel_size, stride, groups, normalize, pad_mode):
-    return empty(x, (*x.shape[:2], logits.shape[2], logits.shape[3]), is_channels_last(x))
+    grid = _grid(x.shape[0], x.shape[2:], logits, kernel_size, stride, groups)
+    return empty(x, (*x.shape[:2], *grid), is_channels_last(x))
 
 
 def _fake_bwd(dy, logits, kernel_size, stride, groups, normalize, pad_mode, H, W, channels_last):
+    _grid(dy.shape[0], (H, W), logits, kernel_size, stride, groups)
     return empty(dy, (*dy.shape[:2], H, W), channels_last)
 
 
-def _fake_logits_grad(dy, x, logits, *rest):
+def _fake_logits_grad(dy, x, logits, kernel_size, stride, groups, normalize, pad_mode):
+    _grid(x.shape[0], x.shape[2:], logits, kernel_size, stride, groups)
     return empty(logits, tuple(logits.shape), is_channels_last(logits))
 
 
@@ -81,15 +97,7 @@ def apply(
         raise TypeError(
             f"logits must have the dtype and device of x ({x.dtype}, {x.device}), got {logits.dtype}, {logits.device}"
         )
-    grid = tuple((n - 1) // s + 1 for n, s in zip(x.shape[2:], stride, strict=True))
-    begins, size = (x.shape[0], groups * kernel_size**2), tuple(logits.shape[2:])
-    if tuple(logits.shape[:2]) != begins or size not in (grid, tuple(x.shape[2:])):
-        raise ValueError(
-            f"logits must have shape {(*begins, *grid)}, at the kept positions, or {(*begins, *x.shape[2:])}, at all, got "
-            f"{tuple(logits.shape)}"
-        )
-    if size != grid:
-        logits = logits[:, :, :: stride[0], :: stride[1]]
+    _grid(x.shape[0], x.shape[2:], logits, kernel_size, stride, groups)
     steps = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
     run = reference.adaptive_in_steps if steps else _fused
     return run(x, logits, kernel_size, stride, groups, normalize, pad_mode)
@@ -135,8 +143,8 @@ def adaptive_blur_pool2d(
 
     Args:
         x: (N, C, H, W); float32, bfloat16, float16 or float64; any strides; N may be 0.
-        logits: (N, G k^2, H', W') at the kept positions, or (N, G k^2, H, W), of which the kept ones are read where they are;
-            tap p k + q of group g is channel g k^2 + p k + q. Its dtype is that of x.
+        logits: (N, G k^2, H', W') at the kept positions, or (N, G k^2, H, W), of which the kept ones are read where they are and
+            the others have a gradient of zero; tap p k + q of group g is channel g k^2 + p k + q. Its dtype is that of x.
         kernel_size: k, odd.
         stride: int >= 1 or (s_h, s_w).
         groups: G, which divides C; a group is C/G channels that follow each other.

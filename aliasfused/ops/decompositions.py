@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels import reference
-from ..kernels.reference import adaptive_in_steps, border_index, extend, filters_of, prepared, shown_to_taps
+from ..kernels.reference import (
+    adaptive_in_steps,
+    border_index,
+    extend,
+    filters_of,
+    kept,
+    logits_steps,
+    prepared,
+    shown_to_taps,
+)
 
 __all__ = ["decompositions"]
 
@@ -163,7 +172,7 @@ def decompositions(
         W: Any,
         channels_last: bool,
     ) -> Any:
-        w, radius = filters_of(logits, k, groups, normalize), k // 2
+        w, radius = filters_of(kept(logits, (H, W), stride), k, groups, normalize), k // 2
         cotangent = dy.to(w.dtype).unflatten(1, (groups, dy.shape[1] // groups))
         # Apart by the stride, and each tap's share moved to where the tap reads.
         size = [s * (n - 1) + 1 for s, n in zip(stride, dy.shape[2:], strict=True)]
@@ -185,13 +194,16 @@ def decompositions(
     def adaptive_grad(
         dy: Any, x: Any, logits: Any, k: int, stride: Any, groups: int, normalize: str, pad_mode: str
     ) -> Any:
-        w = filters_of(logits, k, groups, normalize)
+        w = filters_of(kept(logits, x.shape[2:], stride), k, groups, normalize)
         cotangent = dy.to(w.dtype).unflatten(1, (groups, dy.shape[1] // groups))
         shown = shown_to_taps(x, dy.shape[2:], k, stride, groups, pad_mode, border == "gather")
         dw = torch.stack([(cotangent * pixels).sum(2) for pixels in shown], 2)
         if normalize != "none":
             dw = w * (dw - (w * dw).sum([2] if normalize == "group" else [1, 2], keepdim=True))
-        return dw.flatten(1, 2).to(x.dtype).contiguous(memory_format=torch._prims_common.suggest_memory_format(logits))
+        dw, steps = dw.flatten(1, 2).to(x.dtype), logits_steps(logits, x.shape[2:], stride)
+        if max(steps) > 1:
+            dw = spread_out(dw.new_zeros(logits.shape), dw, steps)
+        return dw.contiguous(memory_format=torch._prims_common.suggest_memory_format(logits))
 
     ops = torch.ops.aliasfused
     return {

@@ -18,8 +18,9 @@ void adaptive_blur_pool_of(const AdaptiveBlurPool& op, const Parallel& parallel)
   const index_t fit = max(1, filter_bytes / (filters.elements * index_t(sizeof(acc_t<T>)))) * stride;
   const index_t rows = min(fit, max(stride, op.batch * results / 16)), bands = (results + rows - 1) / rows;
   const auto beside = [](const Strides& s) { return s.c == 1; };
-  const bool pixels = op.channels > 1 && (op.result == AdaptiveResult::dlogits || beside(op.dst_stride)) &&
-                      (!op.x || beside(op.x_stride)) && (!op.dy || beside(op.dy_stride));
+  const bool in_place = op.channels > 1 && (op.result == AdaptiveResult::dlogits || beside(op.dst_stride)) &&
+                        (!op.x || beside(op.x_stride)) && (!op.dy || beside(op.dy_stride));
+  const bool pixels = 2 * (op.channels / op.groups) >= Vector<acc_t<T>>::lanes;  // groups with channels enough for vectors
   const auto each = [&](auto& side) {
     return [&](index_t begin, index_t end) {
       for (index_t item = begin; item < end; ++item) {
@@ -32,8 +33,11 @@ void adaptive_blur_pool_of(const AdaptiveBlurPool& op, const Parallel& parallel)
     // dx wants the filters of every output that reads its rows: in the worst case, of borders far away, all there are.
     const index_t reach = (rows + 2 * op.rows.taps) / op.rows.stride + 2;
     const index_t most = adjoint ? min(op.rows.out, 3 * reach + 2 * op.rows.taps + (op.rows.before >= op.rows.in ? op.rows.out : 0)) : rows;
-    if (pixels) {
-      AdaptivePixels<T> side{op, filters, most};
+    if (in_place) {
+      AdaptivePixels<T, T> side{op, filters, most};
+      each(side)(begin, end);
+    } else if (pixels) {
+      AdaptivePixels<T, acc_t<T>> side{op, filters, most};
       each(side)(begin, end);
     } else {
       AdaptivePlanes<T> side{op, filters, most, rows};

@@ -1,6 +1,6 @@
-// Blurs by predicted filters where the pixels of a row lie side by side (NCHW), or anyhow: channel by channel, vectors of
-// columns. Rows of x, or of the gradient of x, are taken apart into as many phases as the stride has, so that the pixels which
-// a tap reads for neighbouring outputs are neighbours.
+// Blurs by predicted filters whose groups have few channels, in any layout but NHWC: channel by channel, vectors of columns.
+// Rows of x, or of the gradient of x, are taken apart into as many phases as the stride has, so that the pixels which a tap reads
+// for neighbouring outputs are neighbours.
 #pragma once
 
 #include "filters.h"

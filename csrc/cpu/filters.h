@@ -4,7 +4,7 @@
 
 #include "../adaptive_blur_pool.h"
 #include "act.h"
-#include "rows.h"
+#include "turn.h"
 
 namespace aliasfused {
 namespace AF_ISA {
@@ -31,11 +31,10 @@ struct Filters {
       acc* table = row + t * pitch;
       std::memset(table - margin, 0, margin * sizeof(acc)), std::memset(table + width, 0, (pitch - margin - width) * sizeof(acc));
     }
-    if (s.w == 1 || width == 1) {
+    if (s.c != 1 || s.w == 1) {
       for (index_t t = 0; t < tables; ++t) load_row(from + t * s.c, row + t * pitch);
     } else {
-      for (index_t j = 0; j < width; ++j)
-        for (index_t t = 0; t < tables; ++t) row[t * pitch + j] = widen(from[t * s.c + j * s.w]);
+      turn(from, s.w, row, pitch, width, tables);
     }
     each_softmax([&](index_t first, index_t count) { softmax(row + first * pitch, count); });
   }
@@ -44,13 +43,16 @@ struct Filters {
   void differentiate(const acc* row, acc* dw, index_t n, index_t i) const {
     each_softmax([&](index_t first, index_t count) { softmax_gradient(row + first * pitch, dw + first * pitch, count); });
     const Strides& s = op.dst_stride;
-    T* to = static_cast<T*>(op.dst) + n * s.n + i * s.h;
-    if (s.w == 1 || width == 1) {
-      for (index_t t = 0; t < tables; ++t) store_row(dw + t * pitch, to + t * s.c);
-    } else {
-      Lanes<T> narrow;
-      for (index_t j = 0; j < width; ++j)
-        for (index_t t = 0; t < tables; ++t) narrow.store_vector(to + t * s.c + j * s.w, Numbers{} + dw[t * pitch + j], 1);
+    const index_t h = i * op.span_h, below = min(op.span_h, op.rows.in - h) - 1;  // rows of zeros
+    T* to = static_cast<T*>(op.dst) + n * s.n + h * s.h;
+    // A row of dlogits lies tap by tap, or pixel by pixel, and the next one behind it: there is no third format.
+    if (s.w != 1) {
+      if (op.span_h * op.span_w > 1) std::memset(to, 0, (1 + below) * s.h * sizeof(T));
+      return turn(dw, pitch, to, op.span_w * s.w, tables, width);
+    }
+    for (index_t t = 0; t < tables; ++t, to += s.c) {
+      store_row(dw + t * pitch, to);
+      if (below > 0) std::memset(to + s.h, 0, below * s.h * sizeof(T));
     }
   }
 
@@ -63,14 +65,37 @@ struct Filters {
   }
 
   void load_row(const T* from, acc* to) const {
+    const index_t step = op.logits_stride.w;
     index_t j = 0;
-    for (; j + lanes <= width; j += lanes) V::store(to + j, Lanes<T>::load_vector(from + j));
-    if (j < width) V::store(to + j, Lanes<T>::load_vector(from + j, static_cast<int>(width - j)));
+    if (step == 1) {
+      for (; j + lanes <= width; j += lanes) V::store(to + j, Lanes<T>::load_vector(from + j));
+      if (j < width) V::store(to + j, Lanes<T>::load_vector(from + j, static_cast<int>(width - j)));
+    } else if (step == 2) {
+      for (; j < width; j += lanes) {
+        const int some = static_cast<int>(min(2 * (width - j) - 1, 2 * lanes));
+        const Unit<acc> u = some == 2 * lanes ? Lanes<T>::load(from + 2 * j) : Lanes<T>::load(from + 2 * j, some);
+        V::store(to + j, Lanes<T>::is_split ? u.a : split(u).a);
+      }
+    } else {
+      for (; j < width; ++j) to[j] = widen(from[j * step]);
+    }
   }
   void store_row(const acc* from, T* to) const {
     index_t j = 0;
-    for (; j + lanes <= width; j += lanes) Lanes<T>::store_vector(to + j, V::load(from + j));
-    if (j < width) Lanes<T>::store_vector(to + j, V::load(from + j), static_cast<int>(width - j));
+    if (op.span_w == 1) {
+      for (; j + lanes <= width; j += lanes) Lanes<T>::store_vector(to + j, V::load(from + j));
+      if (j < width) Lanes<T>::store_vector(to + j, V::load(from + j), static_cast<int>(width - j));
+    } else if (op.span_w == 2) {
+      for (; j < width; j += lanes) {
+        const Unit<acc> apart{V::load(from + j), Numbers{}}, u = Lanes<T>::is_split ? apart : interleave(apart);
+        const index_t some = op.cols.in - 2 * j;
+        if (some >= 2 * lanes) Lanes<T>::store(to + 2 * j, u);
+        else Lanes<T>::store(to + 2 * j, u, static_cast<int>(some));
+      }
+    } else {
+      std::memset(to, 0, op.cols.in * sizeof(T));
+      for (; j < width; ++j) Lanes<T>::store_vector(to + j * op.span_w, Numbers{} + from[j], 1);
+    }
   }
 
   NOINLINED void softmax(acc* z, index_t count) const {

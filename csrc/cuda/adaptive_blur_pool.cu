@@ -21,6 +21,10 @@ index_t divide_up(index_t a, index_t b) { return (a + b - 1) / b; }
 // n in pieces of the same size, at most so long.
 int piece(index_t n, index_t most) { return static_cast<int>(divide_up(n, divide_up(n, most))); }
 
+// Filters that have kernels of their own. The rest share one in each dtype, as few would notice what more of them bring, and
+// everybody how long they take to compile.
+bool is_tuned(const AdaptiveBlurPool& op) { return op.dtype != Dtype::float64 && (op.rows.taps == 3 || op.rows.taps == 5); }
+
 // Whether each chunk of a map of this size is a pack of V elements.
 template <typename scalar_t>
 bool packed(const AdaptiveBlurPool& op, const void* map, const Strides& s, index_t height, index_t width) {
@@ -31,7 +35,7 @@ bool packed(const AdaptiveBlurPool& op, const void* map, const Strides& s, index
 
 template <typename scalar_t>
 bool packed(const AdaptiveBlurPool& op) {
-  if (sizeof(scalar_t) == 8 || op.channels / op.groups % vector<scalar_t> != 0) return false;
+  if (!is_tuned(op) || op.channels / op.groups % vector<scalar_t> != 0) return false;
   const bool dx = op.result == AdaptiveResult::dx, y = op.result == AdaptiveResult::y;
   return packed<scalar_t>(op, dx ? op.dst : op.x, dx ? op.dst_stride : op.x_stride, op.rows.in, op.cols.in) &&
          packed<scalar_t>(op, y ? op.dst : op.dy, y ? op.dst_stride : op.dy_stride, op.rows.out, op.cols.out);
@@ -73,12 +77,8 @@ const char* run(const AdaptiveBlurPool& op, void* stream) {
 }
 
 template <typename scalar_t, int V, bool PACKED>
-const char* run_taps(const AdaptiveBlurPool& op, void* stream) {
-  switch (op.rows.taps) {
-    case 3: return run<scalar_t, 3, V, PACKED>(op, stream);
-    case 5: return run<scalar_t, 5, V, PACKED>(op, stream);
-    default: return run<scalar_t, 0, V, PACKED>(op, stream);
-  }
+const char* run_tuned(const AdaptiveBlurPool& op, void* stream) {
+  return op.rows.taps == 3 ? run<scalar_t, 3, V, PACKED>(op, stream) : run<scalar_t, 5, V, PACKED>(op, stream);
 }
 
 }  // namespace
@@ -88,8 +88,10 @@ const char* adaptive_blur_pool_cuda(const AdaptiveBlurPool& op, void* stream) {
   if (op.rows.in > int_limit / 4 || op.cols.in > int_limit / 4 || op.channels > int_limit) return "too long an axis for this kernel";
   return with_dtype(op.dtype, [&](auto zero) -> const char* {
     using scalar_t = decltype(zero);
-    if constexpr (sizeof(scalar_t) == 8) return run<scalar_t, 0, 4, false>(op, stream);
-    else return packed<scalar_t>(op) ? run_taps<scalar_t, vector<scalar_t>, true>(op, stream) : run_taps<scalar_t, 8, false>(op, stream);
+    if constexpr (sizeof(scalar_t) < 8)
+      if (is_tuned(op))
+        return packed<scalar_t>(op) ? run_tuned<scalar_t, vector<scalar_t>, true>(op, stream) : run_tuned<scalar_t, 8, false>(op, stream);
+    return run<scalar_t, 0, sizeof(scalar_t) < 8 ? 8 : 4, false>(op, stream);
   });
 }
 

@@ -161,7 +161,10 @@ __global__ void __launch_bounds__(block_threads, 2)
             acc value = dw[t][slot];
             if (!linear) value = filters.weight(filters.at(at.n, first + q, i, j), begin + t, table, pixel, q) * (value - mean[slot]);
             const index_t channel = static_cast<index_t>(first + q) * taps + begin + t;
-            static_cast<scalar_t*>(op.dst)[at.n * d.n + channel * d.c + i * d.h + j * d.w] = static_cast<scalar_t>(value);
+            scalar_t* to = static_cast<scalar_t*>(op.dst) + at.n * d.n + channel * d.c;
+            for (int h = i * op.span_h; h < (i + 1) * op.span_h && h < height.in; ++h)
+              for (int w = j * op.span_w; w < (j + 1) * op.span_w && w < width.in; ++w)
+                to[h * d.h + w * d.w] = static_cast<scalar_t>(h == i * op.span_h && w == j * op.span_w ? value : 0);
           });
         }
         __syncthreads();

@@ -111,29 +111,31 @@ PYBIND11_MODULE(emulated, m) {
                           nullptr));
   });
   // normalize and result by their numbers in csrc/adaptive_blur_pool.h; what is not read has no address.
-  m.def("adaptive_blur_pool",
-        [](int dtype, int normalize, int result, index_t batch, index_t channels, int groups, std::array<index_t, 6> rows,
-           std::array<index_t, 6> cols, uintptr_t x, uintptr_t dy, uintptr_t logits, uintptr_t dst, std::array<index_t, 4> x_stride,
-           std::array<index_t, 4> dy_stride, std::array<index_t, 4> logits_stride, std::array<index_t, 4> dst_stride) {
-          const AdaptiveBlurPool op{static_cast<Dtype>(dtype),
-                                    static_cast<Normalize>(normalize),
-                                    static_cast<AdaptiveResult>(result),
-                                    batch,
-                                    channels,
-                                    groups,
-                                    axis_of(rows),
-                                    axis_of(cols),
-                                    at(x),
-                                    at(dy),
-                                    at(logits),
-                                    at(dst),
-                                    strides_of(x_stride),
-                                    strides_of(dy_stride),
-                                    strides_of(logits_stride),
-                                    strides_of(dst_stride)};
-          check(adaptive_blur_pool_cuda(op, nullptr));
-          return adaptive_blur_pool_cuda_kernel(op);
-        });
+  m.def("adaptive_blur_pool", [](int dtype, int normalize, int result, index_t batch, index_t channels, int groups,
+                                 std::array<index_t, 6> rows, std::array<index_t, 6> cols, uintptr_t x, uintptr_t dy, uintptr_t logits,
+                                 uintptr_t dst, std::array<index_t, 4> x_stride, std::array<index_t, 4> dy_stride,
+                                 std::array<index_t, 4> logits_stride, std::array<index_t, 4> dst_stride, std::array<int, 2> span) {
+    const AdaptiveBlurPool op{static_cast<Dtype>(dtype),
+                              static_cast<Normalize>(normalize),
+                              static_cast<AdaptiveResult>(result),
+                              batch,
+                              channels,
+                              groups,
+                              axis_of(rows),
+                              axis_of(cols),
+                              at(x),
+                              at(dy),
+                              at(logits),
+                              at(dst),
+                              strides_of(x_stride),
+                              strides_of(dy_stride),
+                              strides_of(logits_stride),
+                              strides_of(dst_stride),
+                              span[0],
+                              span[1]};
+    check(adaptive_blur_pool_cuda(op, nullptr));
+    return adaptive_blur_pool_cuda_kernel(op);
+  });
   m.def("to_half", [](float v) { return static_cast<float>(__half(v)); });
   m.def("to_bfloat16", [](float v) { return static_cast<float>(__nv_bfloat16(v)); });
 }

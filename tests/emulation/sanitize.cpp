@@ -142,11 +142,11 @@ void run_adaptive(Dtype dtype, Normalize normalize, index_t c, int groups, index
   const Axis rows = axis(h), cols = axis(w);
   const size_t pixels = n * h * w, outputs = n * rows.out * cols.out;
   Buffer<scalar_t> x(c * pixels, 1), dx(c * pixels, NAN), dy(c * outputs, 1), y(c * outputs, NAN);
-  Buffer<scalar_t> logits(taps * outputs, 1), dlogits(taps * outputs, NAN);
+  Buffer<scalar_t> logits(taps * outputs, 1), dlogits(taps * outputs, NAN), everywhere(taps * pixels, NAN);
   const Strides large = layout(channels_last, c, h, w), small = layout(channels_last, c, rows.out, cols.out);
   const Strides filters = layout(channels_last, taps, rows.out, cols.out);
-  AdaptiveBlurPool op{dtype,  normalize, AdaptiveResult::y, n,      c,     groups, rows,    cols,
-                      x.data, dy.data,   logits.data,       y.data, large, small,  filters, small};
+  AdaptiveBlurPool op{dtype, normalize, AdaptiveResult::y, n,     c, groups, rows, cols, x.data, dy.data, logits.data, y.data,
+                      large, small,     filters,           small, 1, 1};
   if (adaptive_blur_pool_cuda(op, nullptr)) std::abort();
   y.expect_written("adaptive_down");
   op.result = AdaptiveResult::dx, op.x = nullptr, op.dst = dx.data, op.dst_stride = large;
@@ -155,7 +155,10 @@ void run_adaptive(Dtype dtype, Normalize normalize, index_t c, int groups, index
   op.result = AdaptiveResult::dlogits, op.x = x.data, op.dst = dlogits.data, op.dst_stride = filters;
   if (adaptive_blur_pool_cuda(op, nullptr)) std::abort();
   dlogits.expect_written("adaptive_grad");
-  cases += 3;
+  op.dst = everywhere.data, op.dst_stride = layout(channels_last, taps, h, w), op.span_h = op.span_w = stride;
+  if (adaptive_blur_pool_cuda(op, nullptr)) std::abort();
+  everywhere.expect_written("adaptive_grad among zeros");
+  cases += 4;
 }
 
 }  // namespace

@@ -263,7 +263,16 @@ def test_batch_norm(dtype, launched, tmp_path):
         assert_lean(compiled(*call), tmp_path)
 
 
-def predicted(k, normalize, channels_last, dtype=torch.bfloat16, shape=(8, 64, 56, 56), groups=8, border="reflect"):
+def predicted(
+    k,
+    normalize,
+    channels_last,
+    dtype=torch.bfloat16,
+    shape=(8, 64, 56, 56),
+    groups=8,
+    border="reflect",
+    everywhere=False,
+):
     """Launch forward, backward and the gradient of the logits, of tensors without memory."""
 
     def empty(channels, *size):
@@ -271,7 +280,7 @@ def predicted(k, normalize, channels_last, dtype=torch.bfloat16, shape=(8, 64, 5
         return torch.empty((shape[0], channels, *size), dtype=dtype, device="meta", memory_format=memory_format)
 
     out = [-(-n // 2) for n in shape[2:]]
-    x, dy, logits = empty(*shape[1:]), empty(shape[1], *out), empty(groups * k * k, *out)
+    x, dy, logits = empty(*shape[1:]), empty(shape[1], *out), empty(groups * k * k, *(shape[2:] if everywhere else out))
     arguments = k, (2, 2), groups, normalize, border
     adaptive.adaptive_blur_pool_fwd(x, logits, *arguments)
     adaptive.adaptive_blur_pool_bwd(dy, logits, *arguments, *shape[2:], channels_last)
@@ -288,9 +297,10 @@ def predicted(k, normalize, channels_last, dtype=torch.bfloat16, shape=(8, 64, 5
         (5, torch.float32, "group"),
     ],
 )
-def test_predicted_filters(k, dtype, normalize, channels_last, launched, tmp_path):
+@pytest.mark.parametrize("everywhere", [False, True], ids=["kept", "everywhere"])
+def test_predicted_filters(k, dtype, normalize, channels_last, everywhere, launched, tmp_path):
     """Where C is contiguous, whole vectors of it are loaded and stored. Threads meet to learn whether a border is near."""
-    predicted(k, normalize, channels_last, dtype)
+    predicted(k, normalize, channels_last, dtype, everywhere=everywhere)
     for kernel, arguments in launched:
         binary = compiled(kernel, arguments)
         assert_lean(binary, tmp_path, shared=16 if kernel is adaptive.backward else 0)

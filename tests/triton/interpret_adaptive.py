@@ -29,7 +29,7 @@ def tensors(case: AdaptiveCase, dtype: torch.dtype, layout: str) -> list[torch.T
         if layout in ("nchw", "nhwc")
         else [names[(names.index(layout) + i) % len(names)] for i in (0, 1, 2)]
     )
-    sizes = case.shape, case.logits_shape, (*case.shape[:2], *case.logits_shape[2:])
+    sizes = case.shape, case.logits_shape, (*case.shape[:2], *case.out)
     return [
         laid_out((scale * random(*size, seed=i)).to(dtype), name)
         for i, (size, scale, name) in enumerate(zip(sizes, (1, 3, 1), follow, strict=True))
@@ -74,6 +74,9 @@ CASES = (
     (FP32, "steps", AdaptiveCase("wrapped several times", (2, 3), 9, (3, 3), 1, "none", "circular", 1, 2)),
     (FP64, "expanded", AdaptiveCase("pixels that no output reads, the same in all rows", (7, 9), 3, (4, 5), 2, batch=1)),
     (FP32, "nchw", AdaptiveCase("one tap and one pixel", (1, 1), 1, groups=2, normalize="joint", channels=4)),
+    (BF16, "nhwc", AdaptiveCase("logits of all positions", (5, 8), groups=2, channels=16, batch=1, everywhere=True)),
+    (FP32, "nchw", AdaptiveCase("of all positions, several zeros between two", (5, 7), 3, (2, 3), 1, "joint", channels=2, everywhere=True)),
+    (FP64, "slice", AdaptiveCase("of all positions, row by row", (5, 6), 5, (3, 1), 1, "none", batch=1, channels=2, everywhere=True)),
 )  # fmt: skip
 
 

@@ -177,10 +177,14 @@ def correlations(
 @triton.jit(do_not_specialize=SIZES)
 def logits_gradient(
     dy, x, dst, logits, most, scale, mean, total, height, width, out_height, out_width, columns, per, each,
-    x_strides, y_strides, dst_strides, logits_strides, table_strides, mean_strides, FILTER: tl.constexpr, LAYOUT: tl.constexpr,
-    X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+    x_strides, y_strides, dst_strides, all_strides, logits_strides, table_strides, mean_strides, FILTER: tl.constexpr,
+    LAYOUT: tl.constexpr, SPAN: tl.constexpr, X_ALIGN: tl.constexpr, Y_ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dlogits, with the mean of a group's own taps where none is given; where there is no dst, the group's part of the mean."""
+    """dlogits, with the mean of a group's own taps where none is given; where there is no dst, the group's part of the mean.
+
+    An output has SPAN rows and columns of dlogits, of which all elements but the first are zero.
+    """
     TAPS: tl.constexpr = FILTER.k * FILTER.k
     AT_ONCE: tl.constexpr = FILTER.at_once
     n, group, h, w, inside = place(total, columns, out_height, out_width, LAYOUT.channels_last, 1, ROWS, COLS, WIDE)
@@ -218,6 +222,12 @@ def logits_gradient(
                     w_t = weight(logit + ahead_of(begin + i, logits_strides[1]), maximum, rate, inside, FILTER, ACC)
                     value = w_t * (value - own)
                 tl.store(row + ahead_of(begin + i, dst_strides[1]), value.to(dst.dtype.element_ty), mask=inside)
+        for e in range(1, SPAN[0] * SPAN[1]):
+            i, j = h * SPAN[0] + e // SPAN[1], w * SPAN[1] + e % SPAN[1]
+            between = inside & (i < height) & (j < width)
+            zero = tl.zeros(inside.shape, dst.dtype.element_ty)
+            for t in range(TAPS):
+                tl.store(dst + at(n, group * TAPS + t, i, j, all_strides), zero, mask=between)
 
 
 def _tiles(size, columns: int, channels_last: bool, threads: int) -> tuple[int, dict[str, Any]]:
@@ -251,6 +261,12 @@ def _plan(dst: str, x: Operand, y: Operand, logits: Operand, args, channels_last
         FILTER=Filter(k, stride, border, near, normalize != "none", k * k if k * k <= UNROLLED else 0, at_once),
         LAYOUT=Layout(span, each % span == 0, channels_last), ACC=accumulator(x.dtype),
     )  # fmt: skip
+
+
+def _kept(logits: torch.Tensor, size, stride) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The logits of the outputs where they lie, and how far apart: those of x's size are of all positions."""
+    s_h, s_w = stride if tuple(logits.shape[2:]) == tuple(size) else (1, 1)
+    return logits[:, :, ::s_h, ::s_w], (s_h, s_w)
 
 
 def _numbers(logits: torch.Tensor, columns: int) -> torch.Tensor:
@@ -290,7 +306,8 @@ def _run(kernel, dst: str, x, y, logits, rest, channels_last: bool, tensors: dic
 
 
 def adaptive_blur_pool_fwd(x, logits, *rest):
-    groups, normalize = rest[2:4]
+    stride, groups, normalize = rest[1:4]
+    logits, _ = _kept(logits, x.shape[2:], stride)
     channels_last = suggest_memory_format(x) is torch.channels_last
     y = empty(x, logits.shape[2], logits.shape[3], channels_last)
     if y.numel():
@@ -301,7 +318,8 @@ def adaptive_blur_pool_fwd(x, logits, *rest):
 
 def adaptive_blur_pool_bwd(dy, logits, *rest):
     *rest, height, width, channels_last = rest
-    groups, normalize = rest[2:4]
+    stride, groups, normalize = rest[1:4]
+    logits, _ = _kept(logits, (height, width), stride)
     dx = empty(dy, height, width, channels_last)
     if dx.numel():
         tables = NO_TABLES if normalize == "none" else _tables(logits, groups, normalize)
@@ -310,19 +328,21 @@ def adaptive_blur_pool_bwd(dy, logits, *rest):
 
 
 def adaptive_blur_pool_logits_grad(dy, x, logits, *rest):
-    groups, normalize = rest[2:4]
-    dst = empty(logits, logits.shape[2], logits.shape[3], suggest_memory_format(logits) is torch.channels_last)
+    stride, groups, normalize = rest[1:4]
+    dlogits = empty(logits, logits.shape[2], logits.shape[3], suggest_memory_format(logits) is torch.channels_last)
     if not dy.numel():
-        return dst.zero_()
+        return dlogits.zero_()
+    logits, span = _kept(logits, x.shape[2:], stride)
+    dst, _ = _kept(dlogits, x.shape[2:], stride)
     channels_last = suggest_memory_format(x) is torch.channels_last
     run = functools.partial(_run, logits_gradient, "dlogits", x, dy, logits, rest, channels_last)
-    tensors = dict(dy=dy, x=x, dst=dst, dst_strides=dst.stride(), mean=None, mean_strides=None)
+    tensors = dict(dy=dy, x=x, dst=dst, dst_strides=dst.stride(), all_strides=dlogits.stride(), SPAN=span)
     if normalize != "joint":
-        run(tensors | NO_TABLES)
-        return dst
+        run(tensors | NO_TABLES | dict(mean=None, mean_strides=None))
+        return dlogits
     tensors |= _tables(logits, groups, normalize)
     parts = _numbers(logits, groups)
     run(tensors | dict(dst=None, dst_strides=None, mean=parts, mean_strides=parts.stride()))
     mean = parts.sum(1, keepdim=True).expand_as(parts)
     run(tensors | dict(mean=mean, mean_strides=mean.stride()))
-    return dst
+    return dlogits
