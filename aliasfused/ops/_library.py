@@ -49,12 +49,25 @@ def multilinear(
     2. Its forward rule is the sum of the op with one tensor argument replaced by that argument's tangent.
     3. ``vmap(call, info, in_dims, *args)`` folds the mapped dimension into batch or channels.
 
-    There are two autograd Functions because of torch.compile: one that defines ``jvp`` breaks a full graph, and one that
-    dynamo looks into loses its backward under ``torch.func.grad``. While compiling, the Function without jvp is entered as
-    an opaque node.
+    There are three autograd Functions. One that defines ``jvp`` breaks a full graph of torch.compile, and one that dynamo looks
+    into loses its backward under ``torch.func.grad``: while compiling, the Function without jvp is entered as an opaque node.
+    Both have a ``setup_context``, as transforms want it, for which torch binds arguments to a signature at each call; eager
+    code without transforms has a shorter way.
     """
 
     class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, rest: tuple[Any, ...], *given: torch.Tensor) -> torch.Tensor:
+            if tensors > 1:
+                ctx.save_for_backward(*given)
+            ctx.rest = (*rest, *keep(*given, *rest))
+            return op(*given, *rest)
+
+        @staticmethod
+        def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            return None, *vjp(ctx.needs_input_grad[1:], cotangent, ctx.saved_tensors, ctx.rest)
+
+    class FunctionInGraph(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> torch.Tensor:
             return op(*args)
@@ -76,7 +89,7 @@ def multilinear(
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
             return vmap(call, info.batch_size, in_dims, *args)
 
-    class FunctionWithJvp(Function):
+    class FunctionWithJvp(FunctionInGraph):
         @staticmethod
         def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
             rest = ctx.rest[: ctx.arity - tensors]
@@ -90,17 +103,20 @@ def multilinear(
             ]
             return sum(terms[1:], start=terms[0])
 
-    Function.__name__ = Function.__qualname__ = op._schema.name.replace("::", "_")  # type: ignore[attr-defined]
+    for function in (Function, FunctionInGraph, FunctionWithJvp):
+        function.__name__ = function.__qualname__ = op._schema.name.replace("::", "_")  # type: ignore[attr-defined]
 
     @torch.compiler.allow_in_graph
     def in_graph(*args: Any) -> torch.Tensor:
-        return Function.apply(*args)
+        return FunctionInGraph.apply(*args)
 
     def call(*args: Any) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return in_graph(*args)
-        if wants_autograd(*args[:tensors]):
+        if transformed():
             return FunctionWithJvp.apply(*args)
+        if wants_autograd(*args[:tensors]):
+            return Function.apply(args[tensors:], *args[:tensors])
         return op(*args)
 
     return call
@@ -118,8 +134,7 @@ def fused(
     2. What differentiates that rule again, forward-mode derivatives and torch.func's transforms run ``in_steps(*args)``
        instead: the same, one after the other, of differentiable operations.
 
-    There are two autograd Functions again. The compiler's has a ``setup_context``, as transforms want it, for which torch binds
-    arguments to a signature at each call; eager code, where no transform arrives here, has a shorter way.
+    There are two autograd Functions, for the compiler and for eager code, where no transform arrives.
     """
 
     def gradients(ctx: Any, wanted: tuple[bool, ...], cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
