@@ -268,6 +268,7 @@ STEPS = (
     StepCase("stride 1", (7, 11), (3, 3), (1, 1), kernel=(2, 2), act="leaky_relu", act_args=(0.25,)),
     StepCase("strides that differ, a long filter", (15, 19), (8, 5), (3, 2), kernel=(2, 2), affine=True, act="hardswish"),
     StepCase("enough rows for several strips", (67, 64), kernel=(3, 3), max_padding=(1, 1, 1, 1), batch=1, channels=33, act="relu"),
+    StepCase("several strips, of which the last wraps around", (67, 64), pad_mode="circular", kernel=(2, 2), batch=1, channels=33),
     StepCase("planes enough for several pieces, of two images", (112, 111), (4, 4), batch=2, channels=7, act="relu", affine=True),
     StepCase("short rows, of more planes than are taken at once", (13, 13), kernel=(2, 2), channels=37, act="relu"),
     StepCase("short rows, a window of unequal sides", (19, 25), (3, 3), pad_mode="circular", kernel=(3, 2), act="relu6"),

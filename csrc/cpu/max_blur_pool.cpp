@@ -275,8 +275,9 @@ struct Side {
           const Strides& d = blur.dst_stride;
           const index_t n = item / strips, o = item % strips * rows_of_item, last = min(o + rows_of_item, result_rows);
           const Range in = read_by(blur.rows, o, last);
-          // What the strip before has read as well is there already.
-          const index_t had = o && item > begin ? max(there.hi - in.lo, 0) : 0;
+          // What the strip before has read as well is there already, unless a border shows this one rows from far ahead.
+          const bool goes_on = o && item > begin && in.lo >= there.lo;
+          const index_t had = goes_on ? min(max(there.hi - in.lo, 0), in.hi - in.lo) : 0;
           if (had) std::memmove(z.data, z.data + (in.lo - there.lo) * rows.z_row, had * rows.z_row * sizeof(T));
           prepare(memory, n, 0, in.lo + had, in.hi, z.data + had * rows.z_row);
           there = in;
