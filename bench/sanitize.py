@@ -20,22 +20,32 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODES: tuple[PadMode, ...] = ("reflect", "replicate", "zeros", "circular")
 
 
-def main() -> None:
+def main(device: str = "cuda") -> None:
     calls = 0
     for shape, memory_format, k in itertools.product(SHAPES, FORMATS, range(1, 9)):
-        x = torch.randn(shape, device="cuda").to(DTYPES[calls % 4]).to(memory_format=memory_format).requires_grad_()
+        x = torch.randn(shape, device=device).to(DTYPES[calls % 4]).to(memory_format=memory_format).requires_grad_()
         mode, stride = MODES[calls // 4 % 4], 3 if k == 1 else 2
         y = aliasfused.blur_pool2d(x, k, stride, pad_mode=mode)
         y.backward(torch.randn_like(y))
-        torch.ops.aliasfused.channel_moments(x)
         if k in (3, 8):
-            taps = torch.rand(shape[1], k, device="cuda", dtype=torch.float64).to(x.dtype).requires_grad_()
+            taps = torch.rand(shape[1], k, device=device, dtype=torch.float64).to(x.dtype).requires_grad_()
             aliasfused.blur_pool2d(x, taps, stride, pad_mode=mode).sum().backward()
-            scale = torch.rand(shape[1], device="cuda", requires_grad=True)
+            scale = torch.rand(shape[1], device=device, requires_grad=True)
             y = aliasfused.max_blur_pool2d(x, 2, k, stride, act="relu", scale=scale, max_padding=1, pad_mode=mode)
             y.sum().backward()
+            wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+            aliasfused.nn.BNActBlurPool2d(shape[1], "relu", k, pad_mode=mode, device=device, dtype=wide)(
+                x
+            ).sum().backward()
+        if k in (3, 5, 7):
+            # At the kept positions, and at all.
+            for size in ([-(-n // 2) for n in shape[2:]], shape[2:]):
+                logits = torch.randn(shape[0], k * k, *size, device=device).to(x.dtype).to(memory_format=memory_format)
+                y = aliasfused.adaptive_blur_pool2d(x, logits.requires_grad_(), k, groups=1, pad_mode=mode)
+                y.sum().backward()
         calls += 1
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     print(f"{calls} cases")
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
 import aliasfused
-from bench import bars, cases, layer, models, network, peers, price, report, run, timing
+from bench import bars, cases, layer, models, network, peers, price, report, run, sanitize, timing
 from bench.cases import Case
 from bench.peers import Absent, Contender
 from bench.rows import Machine, Row, Store, latest, resumable, to_rows
@@ -328,6 +328,12 @@ def test_layers_with_predicted_filters_do_the_same_and_keep_less(tmp_path: Path)
     store.add(rows)
     assert list(store) == rows
     assert report.layer_table(rows).row_count == len(rows) / 2
+
+
+def test_what_the_sanitizer_sees_runs(capsys):
+    """On a CPU, where nobody watches: that the calls are right ones."""
+    sanitize.main("cpu")
+    assert capsys.readouterr().out == "64 cases\n"
 
 
 def test_the_bars_of_layers():
