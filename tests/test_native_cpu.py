@@ -204,7 +204,7 @@ def test_every_op_goes_to_the_backend_in_use_and_back(calls):
         blur_pool2d(x).sum().backward()
         blur_pool2d(x, (h, 1)).sum().backward()
         aliasfused.max_blur_pool2d(x, scale=torch.ones(x.shape[1], requires_grad=True)).sum().backward()
-        aliasfused.nn.BNActBlurPool2d(x.shape[1])(x)
+        aliasfused.nn.BNActBlurPool2d(x.shape[1])(x).sum().backward()
         logits = torch.ones(x.shape[0], 9, *x.shape[2:], requires_grad=True)
         aliasfused.adaptive_blur_pool2d(x, logits, groups=1).sum().backward()
 
