@@ -90,7 +90,7 @@ def _step_verdicts(some: Sequence[Cell], direction: str) -> list[Verdict]:
     to_released = [ratio for cell in some if (ratio := cell.ratio(released)) is not None]
     if to_released:
         least, goal = RELEASED_BARS[direction]
-        bar = f"predicted filters: geometric mean against the released formulation ≥ {least} (goal: {goal})"
+        bar = f"predicted filters: geometric mean against the released formulation, logits everywhere, ≥ {least} (goal: {goal})"
         found.append(_mean(bar, direction, to_released, least))
     return found
 

@@ -1,6 +1,8 @@
 // The adaptive-blur-pool ops as torch calls them: arguments in, output allocated, the device's kernel called.
 #include "adaptive_blur_pool.h"
 
+#include <algorithm>
+
 #include "cpu/dispatch.h"
 #include "tensor.h"
 #ifdef ALIASFUSED_CUDA
@@ -37,7 +39,10 @@ AdaptiveBlurPool told(const Tensor& map, const Tensor& logits, int64_t k, const 
   STD_TORCH_CHECK(k >= 1 && k % 2 == 1 && k < 64, "aliasfused: kernel_size must be odd and from 1 to 63, got ", k);
   STD_TORCH_CHECK(groups >= 1 && map.size(1) % groups == 0, "aliasfused: groups must divide the ", map.size(1), " channels, got ", groups);
   const int64_t r = k / 2;
-  const Geometry g(h, w, k, k, stride, {r, r, r, r}, pad_mode);
+  // A stride beyond the map keeps the first pixel, as one of its size does, which needs no more memory than the map.
+  Ints step = stride;
+  for (size_t i = 0; i < step.size() && i < 2; ++i) step[i] = std::min(step[i], std::max<int64_t>(i ? w : h, 1));
+  const Geometry g(h, w, k, k, step, {r, r, r, r}, pad_mode);
   const bool kept = logits.size(2) == g.rows.out && logits.size(3) == g.cols.out, all = logits.size(2) == h && logits.size(3) == w;
   STD_TORCH_CHECK(logits.size(0) == map.size(0) && logits.size(1) == groups * k * k && (kept || all) &&
                       logits.scalar_type() == map.scalar_type() && logits.device() == map.device(),

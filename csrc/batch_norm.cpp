@@ -89,6 +89,8 @@ void follow(Tensor running_mean, Tensor running_var, OptionalTensor num_batches_
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor> gradient(Tensor sums, Tensor moments, Tensor table, double eps) {
   STD_TORCH_CHECK(table.dim() == 2, "aliasfused: table must have two dimensions (3, C), got ", table.dim());
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Float || table.scalar_type() == ScalarType::Double,
+                  "aliasfused: table must be of float32 or float64, as batch_norm_table gives it");
   const int64_t channels = table.size(1);
   const Held held[] = {Held(sums, 2, channels, table, "sums"), Held(moments, 3, channels, table, "moments"),
                        Held(table, 3, channels, table, "table")};

@@ -65,7 +65,8 @@ struct BatchNormGradient {
   Numbers correction, dweight, dbias;
 
   HOST_DEVICE void channel(index_t c) const {
-    const double count = moments[c], invstd = inverse_deviation(moments[2 * channels + c] / count, eps);
+    const double count = moments[c] > 0 ? moments[c] : 1;  // an empty batch has gradients: zero
+    const double invstd = inverse_deviation(moments[2 * channels + c] / count, eps);
     const double scale = table[channels + c], off = table[c] - moments[channels + c];
     const double first = sums[c], second = sums[channels + c] + off * first;
     const double slope = -scale * invstd * invstd * second / count;

@@ -314,3 +314,15 @@ def test_refused(call, error, message):
     """The raw ops too, before any memory is touched."""
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_a_stride_beyond_the_map_keeps_the_first_pixel(layout):
+    """And wants no more memory than the map, forward and backward."""
+    x = torch.randn(1, 8, 5, 6).contiguous(memory_format=layout).requires_grad_()
+    logits = torch.randn(1, 72, 1, 1, requires_grad=True)
+    far, near = (
+        torch.autograd.grad(aliasfused.adaptive_blur_pool2d(x, logits, 3, stride).sum(), (x, logits))
+        for stride in (2**28, 6)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))

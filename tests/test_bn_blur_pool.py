@@ -550,3 +550,16 @@ def test_moments_of_parts_are_those_of_the_whole():
     whole = channel_moments(x)
     for a, b, limit in zip(merged(parts), whole, (0.0, 1e-12, 1e-9), strict=True):
         assert_agree(a, b, limit)
+
+
+def test_an_empty_batch_has_gradients_of_zero():
+    """As torch's own: a process without data must not spoil the mean over all."""
+    norm = BNActBlurPool2d(3)
+    norm(torch.randn(0, 3, 6, 5)).sum().backward()
+    assert norm.weight.grad.tolist() == norm.bias.grad.tolist() == [0.0] * 3
+
+
+def test_the_gradients_op_refuses_a_table_it_does_not_write():
+    moments, sums = torch.ones(3, 2, dtype=torch.float64), torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="table must be of float32 or float64"):
+        torch.ops.aliasfused.batch_norm_gradient(sums, moments, torch.ones(3, 2, dtype=torch.bfloat16), 1e-5)

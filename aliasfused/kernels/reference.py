@@ -291,6 +291,7 @@ def batch_norm_follow(running_mean, running_var, num_batches_tracked, moments, m
 
 def batch_norm_gradient(sums, moments, table, eps):
     (count, mean, m2), (center, scale, _), (first, second) = moments, table.double(), sums.double()
+    count = count.clamp(min=1)  # an empty batch has gradients: zero
     invstd, off = (m2 / count + eps).rsqrt(), center - mean
     second = second + off * first
     slope = -scale * invstd.square() * second / count

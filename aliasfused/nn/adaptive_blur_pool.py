@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from .. import filters
 from ..kernels import reference
-from ..ops._library import transformed
+from ..ops._library import fused
 from ..ops._window import PadMode, Stride, check_tensor
 from ..ops.adaptive_blur_pool import Normalize, apply, check
 from . import _blur
@@ -36,24 +35,37 @@ def bordered(x: torch.Tensor, channels: int, radius: int, pad_mode: PadMode) -> 
     return reference.extend(x, [radius] * 4, pad_mode, not alone and radius >= min(x.shape[2:]))
 
 
-def not_kept(z: torch.Tensor, make: Callable[..., torch.Tensor], x: torch.Tensor, *how: Any) -> Any:
-    """Within it autograd keeps x in place of ``z = make(x, *how)``, and makes z again when it is wanted."""
-    watched = transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if type(z) is not torch.Tensor or not torch.is_grad_enabled() or watched:
-        return contextlib.nullcontext()
-    # Not z itself, which would live as long as what knows it.
-    address, shape, source = z.data_ptr(), z.shape, x.detach()
+def _in_steps(x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...], *border: Any) -> torch.Tensor:
+    return F.conv2d(bordered(x, *border), weight, None, stride)
 
-    def pack(saved: torch.Tensor) -> torch.Tensor | None:
-        return None if saved.data_ptr() == address and saved.shape == shape else saved
 
-    def unpack(saved: torch.Tensor | None) -> torch.Tensor:
-        if saved is not None:
-            return saved
-        with torch.no_grad():
-            return make(source, *how)
+def _vjp(wanted: Any, dy: torch.Tensor, saved: Any, rest: Any) -> tuple[torch.Tensor | None, ...]:
+    (x, weight), (stride, *border) = saved, rest
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        z = bordered(x, *border)
+    # Under autocast the convolution was one of another dtype.
+    operands = dy, z.detach().to(dy.dtype), weight.to(dy.dtype), None
+    ones, zeros = (1, 1), (0, 0)
+    dz, dweight, _ = torch.ops.aten.convolution_backward(
+        *operands, stride, zeros, ones, False, zeros, 1, (*wanted, False)
+    )
+    dx = torch.autograd.grad(z, x, dz.to(z.dtype))[0] if wanted[0] else None
+    return dx, dweight.to(weight.dtype) if wanted[1] else None
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+_fused = fused(_in_steps, 2, _vjp, _in_steps)
+
+
+@torch.fx.wrap
+def bordered_convolution(x: torch.Tensor, weight: torch.Tensor, stride: tuple[int, ...], *border: Any) -> torch.Tensor:
+    """The convolution of x with its border, of which backward makes a copy of its own: none is kept meanwhile.
+
+    A compiler decides itself what to keep.
+    """
+    steps = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    run = _in_steps if steps or not isinstance(x, torch.Tensor) else _fused
+    return run(x, weight, stride, *border)
 
 
 @torch.fx.wrap
@@ -137,6 +149,14 @@ def _listened(child: nn.Module) -> bool:
     return "forward" in vars(child) or any(getattr(child, hooks) for hooks in _HOOKS)
 
 
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a predictor's convolution is the one that was made, and nobody would miss its being called."""
+    if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward or _listened(conv):
+        return False
+    how = (conv.bias, conv.padding, conv.dilation, conv.groups)
+    return how == (None, (0, 0), (1, 1), 1)
+
+
 class Adaptive2d(nn.Module):
     """A convolution and a norm that predict filters, and the blur by them. The norm is the child of the name ``_norm``."""
 
@@ -165,15 +185,15 @@ class Adaptive2d(nn.Module):
         conv, norm = self.conv, getattr(self, self._norm)
         image, dense = self.vary == "image", self.predict == "dense"
         border = (conv.in_channels, conv.kernel_size[0] // 2, pad_mode)
-        z = bordered(x, *border)
         if self._folds(norm):
             # What is linear may be averaged before it is done.
+            z = bordered(x, *border)
             z, step = (seen(z, conv.kernel_size[0]), (1, 1)) if image and dense else (z, stride)
             logits = folded(z, conv.weight, step, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+        elif _is_plain(conv):
+            logits = norm(bordered_convolution(x, conv.weight, conv.stride, *border))
         else:
-            with not_kept(z, bordered, x, *border):
-                z = conv(z)
-            logits = norm(z)
+            logits = norm(conv(bordered(x, *border)))
         return averaged(logits, x, stride) if image else logits
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

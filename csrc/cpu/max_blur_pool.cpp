@@ -78,10 +78,10 @@ struct Side {
     Scratch<T> spread;  // the gradient of a run of z, in rows as wide as those of x
     index_t end = -1;   // the row of x after the last one met
     Memory(const Side& s, bool adjoint)
-        : v(adjoint ? 1 : s.pre.kernel_h, s.max_elements(true)),
-          highest(adjoint ? s.pre.kernel_h : 1, s.max_elements(true)),
-          column(s.pre.kernel_h, s.max_elements(adjoint)),
-          row(s.pre.kernel_h, s.max_elements(adjoint)),
+        : v(adjoint ? 1 : s.pre.kernel_h, s.in_runs ? 0 : s.max_elements(true)),
+          highest(adjoint ? s.rows_at_hand() : 1, s.max_elements(true)),
+          column(s.rows_at_hand(), s.max_elements(adjoint)),
+          row(s.rows_at_hand(), s.max_elements(adjoint)),
           won(s.max_elements(adjoint)),
           dv(s.max_elements(adjoint)),
           part(adjoint ? 2 * (round_up(s.rows.channels, s.rows.lanes) + s.rows.lanes) : 0),
@@ -94,8 +94,9 @@ struct Side {
   };
   index_t max_elements(bool needed) const {
     if (!needed || !rows.has_max) return 0;
-    return max(rows.extended + rows.reach, in_runs ? run_elements() : 0) + 2 * rows.lanes;
+    return (!in_runs ? rows.extended + rows.reach : blur.adjoint ? run_elements() : most_run + rows.reach) + 2 * rows.lanes;
   }
+  int rows_at_hand() const { return in_runs ? 1 : pre.kernel_h; }
 
   // The rows of x that row j of z is of: met(h) for those not met before. To be called for rising j.
   template <typename Met>

@@ -76,7 +76,7 @@ def gradient(
     sums, moments, table, correction, dweight, dbias, channels, EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c, inside = block_of(channels, BLOCK)
-    n = wide(moments, c, inside)
+    n = tl.maximum(wide(moments, c, inside), 1)  # an empty batch has gradients: zero
     invstd = inverse_deviation(wide(moments + 2 * channels, c, inside) / n, EPS)
     scale = wide(table + channels, c, inside)
     off = wide(table, c, inside) - wide(moments + channels, c, inside)
