@@ -198,7 +198,7 @@ def main(
             rows = bench.measure(todo, step)
         if with_network:
             with _steps(progress, "networks", 3 * len(networks)) as step:
-                seconds = 4.0 if bars else 2.0
+                seconds = 4.0 if bars else 1.0
                 network_rows = network.measure(networks, device, machine, bench.backends[0], seconds, step, kinds)
             Store(out / f"{stem}-network.csv", NetworkRow, fresh=not bars).add(network_rows)
             with _steps(progress, "layers with predicted filters", len(layers)) as step:
