@@ -173,11 +173,9 @@ class Adaptive2d(nn.Module):
 
     def _folds(self, norm: Any) -> bool:
         """Whether the norm goes by running statistics at this moment, and nobody would miss the maps before it."""
-        conv = self.conv
-        plain = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d) and isinstance(conv, nn.Conv2d)
-        if not plain or norm.training or norm.running_mean is None or type(conv).forward is not nn.Conv2d.forward:
+        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
             return False
-        return not (_listened(conv) or _listened(norm))
+        return not (norm.training or norm.running_mean is None or _listened(norm)) and _is_plain(self.conv)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """What :func:`aliasfused.adaptive_blur_pool2d` is given: (N, G k^2, H', W'), or (N, G k^2, H, W) where all are needed."""
