@@ -213,6 +213,17 @@ def test_step_forward(backend, step, dtype, layout, device):
     tolerances.assert_within(y, truth, limit, step.reason)
 
 
+@pytest.mark.parametrize("act", ["relu", "relu6", "hardswish"])
+def test_nothing_flows_back_where_an_activation_is_flat(backend, act, device):
+    """Not even of an infinite gradient. One pixel an image, so that nothing else meets it."""
+    x = torch.tensor([-4.0, -3.0, 0.0, 1.0, 6.0, 7.0]).view(-1, 1, 1, 1).requires_grad_()
+    dy = torch.full_like(x, torch.inf)
+    (expected,) = torch.autograd.grad(getattr(F, act)(x), x, dy)
+    rest = (act, [], (1, 1), (0, 0, 0, 0), [1.0], [1.0], (1, 1), (0, 0, 0, 0), "zeros")
+    dx = checked(backend, OPS.max_blur_pool_bwd, *on(device, dy, x.detach()), None, None, *rest)
+    assert torch.equal(dx.cpu(), expected)
+
+
 def test_step_backward(backend, step, dtype, layout, device):
     """x in the layout of the row, dy in the one after it; with a correction where there is an affine."""
     names = list(LAYOUTS)

@@ -51,7 +51,8 @@ needs_native = pytest.mark.skipif(
 @pytest.mark.parametrize("isa", built() if backend("native", "cpu").available else [])
 def test_instruction_set(isa, capfd):
     """Sums, tails, borders and conversions, in a process of its own: see isa_sweep.py."""
-    run = python(str(ROOT / "tests" / "isa_sweep.py"), isa, ALIASFUSED_CPU_ISA=isa)
+    one_heap = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+    run = python(str(ROOT / "tests" / "isa_sweep.py"), isa, ALIASFUSED_CPU_ISA=isa, **one_heap)
     if "must name an instruction set of this processor" in run.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert run.returncode == 0, f"exit status {run.returncode}\n{run.stdout}{run.stderr}"

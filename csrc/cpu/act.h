@@ -88,16 +88,16 @@ INLINED inline V sigmoid(V x) {
   return 1 / (exponential(-x) + 1);
 }
 
-// v = act(u), and what a gradient of v is multiplied by to be one of u. Where an activation has a corner, the slope is the one
-// that torch takes.
+// v = act(u), and the gradient of u out of g, that of v. Where an activation has a corner, its slope there is the one that torch
+// takes; where it is flat, u gets 0 whatever g is.
 struct Identical {
   template <typename V>
   INLINED V value(V u) const {
     return u;
   }
   template <typename V>
-  INLINED V slope(V) const {
-    return V{} + 1;
+  INLINED V gradient(V, V g) const {
+    return g;
   }
 };
 struct Relu {
@@ -106,8 +106,8 @@ struct Relu {
     return u <= 0 ? V{} : u;
   }
   template <typename V>
-  INLINED V slope(V u) const {
-    return u <= 0 ? V{} : V{} + 1;
+  INLINED V gradient(V u, V g) const {
+    return u <= 0 ? V{} : g;
   }
 };
 struct Relu6 {
@@ -116,8 +116,8 @@ struct Relu6 {
     return u <= 0 ? V{} : u >= 6 ? V{} + 6 : u;
   }
   template <typename V>
-  INLINED V slope(V u) const {
-    return u <= 0 ? V{} : u >= 6 ? V{} : V{} + 1;
+  INLINED V gradient(V u, V g) const {
+    return u <= 0 ? V{} : u >= 6 ? V{} : g;
   }
 };
 struct LeakyRelu {
@@ -127,8 +127,8 @@ struct LeakyRelu {
     return u > 0 ? u : u * constant(u, a);
   }
   template <typename V>
-  INLINED V slope(V u) const {
-    return u > 0 ? V{} + 1 : V{} + constant(u, a);
+  INLINED V gradient(V u, V g) const {
+    return u > 0 ? g : g * constant(u, a);
   }
 };
 struct Silu {
@@ -137,9 +137,9 @@ struct Silu {
     return u / (exponential(-u) + 1);
   }
   template <typename V>
-  INLINED V slope(V u) const {
+  INLINED V gradient(V u, V g) const {
     const V s = sigmoid(u);
-    return s * (u * (1 - s) + 1);
+    return g * (s * (u * (1 - s) + 1));
   }
 };
 struct Gelu {
@@ -148,8 +148,8 @@ struct Gelu {
     return u * normal_cdf(u);
   }
   template <typename V>
-  INLINED V slope(V u) const {
-    return normal_cdf(u) + u * exponential(u * u * -constant(u, 0.5)) * constant(u, 0.39894228040143267794);
+  INLINED V gradient(V u, V g) const {
+    return g * (normal_cdf(u) + u * exponential(u * u * -constant(u, 0.5)) * constant(u, 0.39894228040143267794));
   }
 };
 struct GeluTanh {
@@ -164,10 +164,10 @@ struct GeluTanh {
     return u * (tanh_of(u) + 1) * constant(u, 0.5);
   }
   template <typename V>
-  INLINED V slope(V u) const {
+  INLINED V gradient(V u, V g) const {
     const auto half = constant(u, 0.5);
     const V t = tanh_of(u), inner = (u * u * constant(u, 3 * 0.044715) + 1) * constant(u, 0.79788456080286535588);
-    return (t + 1) * half + u * (1 - t * t) * inner * half;
+    return g * ((t + 1) * half + u * (1 - t * t) * inner * half);
   }
 };
 struct Hardswish {
@@ -176,8 +176,8 @@ struct Hardswish {
     return u <= -3 ? V{} : u >= 3 ? u : u * (u + 3) / 6;
   }
   template <typename V>
-  INLINED V slope(V u) const {
-    return u <= -3 ? V{} : u >= 3 ? V{} + 1 : (u * 2 + 3) / 6;
+  INLINED V gradient(V u, V g) const {
+    return u <= -3 ? V{} : u >= 3 ? g : g * ((u * 2 + 3) / 6);
   }
 };
 struct Softplus {
@@ -188,25 +188,25 @@ struct Softplus {
     return u * beta > constant(u, b) ? u : logarithm_1p(exponential(u * beta)) / beta;
   }
   template <typename V>
-  INLINED V slope(V u) const {
+  INLINED V gradient(V u, V g) const {
     const auto beta = constant(u, a);
-    return u * beta > constant(u, b) ? V{} + 1 : sigmoid(u * beta);
+    return u * beta > constant(u, b) ? g : g * sigmoid(u * beta);
   }
 };
 
 // Any other than the most usual ones: reached through a pointer, which costs little beside what it computes.
 template <typename acc>
 struct OtherAct {
-  using Function = Vec<acc> (*)(const Prologue&, Vec<acc>);
   const Prologue& pre;
-  Function value_of, slope_of;
+  Vec<acc> (*value_of)(const Prologue&, Vec<acc>);
+  Vec<acc> (*gradient_of)(const Prologue&, Vec<acc>, Vec<acc>);
   INLINED Vec<acc> value(Vec<acc> u) const { return value_of(pre, u); }
-  INLINED Vec<acc> slope(Vec<acc> u) const { return slope_of(pre, u); }
+  INLINED Vec<acc> gradient(Vec<acc> u, Vec<acc> g) const { return gradient_of(pre, u, g); }
 
   template <typename Make>
   static OtherAct by(const Prologue& pre, Make) {
     return {pre, [](const Prologue& p, Vec<acc> u) { return Make{}(p).value(u); },
-            [](const Prologue& p, Vec<acc> u) { return Make{}(p).slope(u); }};
+            [](const Prologue& p, Vec<acc> u, Vec<acc> g) { return Make{}(p).gradient(u, g); }};
   }
 };
 template <typename A>

@@ -30,8 +30,8 @@ struct AdaptivePlanes {
   int slots = 1;                                     // of lines, a power of two
   Scratch<acc> lines{(slots_for(k, slots)) * line};  // of x~, in phases: as many rows as a filter has; or a row of its gradient
   Scratch<index_t> at_row{slots};                    // which
-  Scratch<acc> row{round_up(along.stride * phase + filters.pitch, lanes)};  // of results
-  Scratch<acc> results;                                                     // rows of dy as the filters lie, or the filters' gradients
+  ZeroedScratch<acc> row{round_up(along.stride * phase + filters.pitch, lanes)};  // of results
+  Scratch<acc> results;  // rows of dy as the filters lie, or the filters' gradients
   // Where x~ has its border: the place in a line or in a row, and the column it shows, or -1; and which row of x its rows show.
   Scratch<index_t> offsets{k}, border_place{extended - along.in}, border_source{extended - along.in},
       source{(down.out - 1) * down.stride + k};

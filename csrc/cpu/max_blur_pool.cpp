@@ -6,13 +6,15 @@
 #include "pixels.h"
 #include "planes.h"
 #include "prologue.h"
+#include "won.h"
 
 namespace aliasfused {
 namespace AF_ISA {
 namespace {
 
-constexpr index_t buffered = 1 << 16;  // pixels of z at a time
-constexpr index_t most_run = 2048;     // pixels that are one step ahead of the next step
+// Elements of z at a time.
+constexpr index_t buffered_pixels = 1 << 17, buffered_planes = 1 << 16;
+constexpr index_t most_run = 2048;  // pixels that are one step ahead of the next step
 
 // Rows of v (or whatever else) of which the last few are at hand.
 template <typename E>
@@ -39,6 +41,7 @@ Range read_by(const Axis& rows, index_t begin, index_t end) {
 template <typename T, bool PIXELS, typename A>
 struct Side {
   using acc = acc_t<T>;
+  using V = Vector<acc>;
   using Rows = PrologueRows<T, PIXELS>;
 
   const MaxBlurPool& op;
@@ -49,8 +52,8 @@ struct Side {
   const Prologue& pre = op.pre;
   // An item is some rows of an image's results, or some whole planes.
   index_t result_rows = blur.adjoint ? pre.height : blur.rows.out;
-  index_t planes_of_item = PIXELS ? 1 : max(1, buffered / max(blur.rows.in * blur.cols.in, 1));
-  index_t rows_of_item = PIXELS ? max(4, buffered / max(rows.z_row * (blur.adjoint ? 1 : blur.rows.stride), 1)) : result_rows;
+  index_t planes_of_item = PIXELS ? 1 : max(1, buffered_planes / max(blur.rows.in * blur.cols.in, 1));
+  index_t rows_of_item = PIXELS ? max(4, buffered_pixels / max(rows.z_row * (blur.adjoint ? 1 : blur.rows.stride), 1)) : result_rows;
   index_t strips = (result_rows + rows_of_item - 1) / rows_of_item;
   index_t planes = PIXELS ? blur.batch : blur.batch * blur.channels;
   index_t items = PIXELS ? planes * strips : (planes + planes_of_item - 1) / planes_of_item;
@@ -70,33 +73,39 @@ struct Side {
     Ring<acc> v;               // rows of x, activated; for gradients one of them, with -inf around it,
     Ring<acc> highest;         // and the maxima along rows; or the maxima across rows, with -inf around them
     Ring<int8_t> column, row;  // of the winner
-    Scratch<acc> won, dv, part;
+    Scratch<acc> won, part;
+    ZeroedScratch<acc> dv;
     Scratch<T> copy;
     Scratch<const acc*> highest_rows;
     Scratch<const int8_t*> winner_rows;
     Scratch<const T*> gradient_rows, source_rows;
-    Scratch<T> spread;  // the gradient of a run of z, in rows as wide as those of x
-    index_t end = -1;   // the row of x after the last one met
+    Won<T, PIXELS> square;
+    Scratch<acc> no_row;  // -inf
+    index_t end = -1;     // the row of x after the last one met
     Memory(const Side& s, bool adjoint)
-        : v(adjoint ? 1 : s.pre.kernel_h, s.in_runs ? 0 : s.max_elements(true)),
-          highest(adjoint ? s.rows_at_hand() : 1, s.max_elements(true)),
-          column(s.rows_at_hand(), s.max_elements(adjoint)),
-          row(s.rows_at_hand(), s.max_elements(adjoint)),
-          won(s.max_elements(adjoint)),
-          dv(s.max_elements(adjoint)),
+        : v(adjoint && !s.in_squares ? 1 : s.pre.kernel_h, s.in_runs || s.as_it_is ? 0 : V::lanes + s.max_elements(true)),
+          highest(adjoint ? s.pre.kernel_h : 1, s.max_elements(!s.in_squares)),
+          column(s.pre.kernel_h, s.max_elements(adjoint && !s.in_squares)),
+          row(s.pre.kernel_h, s.max_elements(adjoint && !s.in_squares)),
+          won(s.max_elements(adjoint && !s.in_squares)),
           part(adjoint ? 2 * (round_up(s.rows.channels, s.rows.lanes) + s.rows.lanes) : 0),
+          dv(s.max_elements(adjoint)),
           copy(s.rows.row),
           highest_rows(s.pre.kernel_h),
           winner_rows(s.pre.kernel_h),
           gradient_rows(s.pre.kernel_h),
           source_rows(s.pre.kernel_h),
-          spread(adjoint && s.in_runs ? s.run_elements() + room : 0) {}
+          square{s.pre.width, s.in_squares ? s.blur.cols.in : 0, s.in_squares ? s.rows.channels : 0, s.pre.left},
+          no_row(adjoint && s.in_squares && !s.as_it_is ? v.pitch : 0) {
+      if (!adjoint || !s.in_squares || s.as_it_is) return;
+      for (index_t e = 0; e < v.pitch; ++e) no_row.data[e] = -acc(__builtin_inf());
+      for (int h = 0; h < v.n; ++h) std::memcpy(v[h], no_row.data, V::lanes * sizeof(acc));
+    }
   };
   index_t max_elements(bool needed) const {
     if (!needed || !rows.has_max) return 0;
-    return (!in_runs ? rows.extended + rows.reach : blur.adjoint ? run_elements() : most_run + rows.reach) + 2 * rows.lanes;
+    return (in_runs ? most_run : rows.extended) + rows.reach + 2 * rows.lanes;
   }
-  int rows_at_hand() const { return in_runs ? 1 : pre.kernel_h; }
 
   // The rows of x that row j of z is of: met(h) for those not met before. To be called for rising j.
   template <typename Met>
@@ -111,10 +120,8 @@ struct Side {
   void winners(Memory& m, const MapRows<T>& x, index_t n, index_t c, index_t j) const {
     const Range in = window(m, j, [&](index_t h) {
       const T* const pixels = x.row(n, c, h, m.copy.data);
-      const auto along = [&](const auto* v) INLINED {
-        sized(pre.kernel_w, [&](auto k) INLINED {
-          Rows::template along<k>(v, rows.z_row, rows.channels, pre.kernel_w, pre.left, m.highest[h], m.column[h]);
-        });
+      const auto along = [&](const auto* v) {
+        Rows::along(v, rows.z_row, rows.channels, pre.kernel_w, pre.left, m.highest[h], m.column[h]);
       };
       if (rows.is_monotone() && rows.extended == rows.row) return along(pixels);
       rows.activate_row(act, tables, pixels, c, m.v[h] + rows.left);
@@ -123,7 +130,7 @@ struct Side {
     });
     for (index_t h = in.lo; h < in.hi; ++h) m.highest_rows.data[h - in.lo] = m.highest[h];
     const int count = static_cast<int>(in.hi - in.lo), first = static_cast<int>(in.lo - (j - pre.top));
-    sized(count, [&](auto k) INLINED { Rows::template across<k>(m.highest_rows.data, count, first, rows.z_row, m.row[j]); });
+    Rows::across(m.highest_rows.data, count, first, rows.z_row, m.row[j]);
   }
 
   // Rows [lo, hi) of z, from channel c of image n on.
@@ -169,15 +176,19 @@ struct Side {
     sized(pre.kernel_w, [&](auto k) INLINED { Rows::template along_row<k>(highest, pre.kernel_w, n, rows.channels, z); });
   }
 
+  // Nothing lies around x.
+  bool is_inside = rows.extended == rows.row && rows.z_rows == pre.height - pre.kernel_h + 1;
+  // Gradients of maxima over squares of which every one has a pixel: by the kernel of its own, of x itself where that will do.
+  bool in_squares = is_tuned<acc> && blur.adjoint && pre.kernel_h == pre.kernel_w && (pre.kernel_h == 2 || pre.kernel_h == 3) &&
+                    pre.left < pre.kernel_w && pre.top < pre.kernel_h && blur.cols.in - pre.left <= pre.width &&
+                    rows.z_rows - pre.top <= pre.height;
+  // dx is of v and of what that has won: no other activation or affine, no sums.
+  bool alone = rows.is_monotone() && pre.act != Act::relu6 && blur.dst && !op.sums && !op.correction;
+  bool as_it_is = in_squares && alone && is_inside && pre.kernel_h == 2 && rows.rows_of(nullptr, op.x_stride).whole();
   // Planes that follow each other, and maxima with nothing around them: all rows are one run, and z has the width of x. What
   // begins in the last columns or rows of a plane is no window's, and nobody reads it.
   index_t x_plane = pre.height * pre.width;
-  bool in_runs = !PIXELS && rows.has_max && rows.is_monotone() && rows.extended == rows.row &&
-                 rows.z_rows == pre.height - pre.kernel_h + 1 && follow_each_other(blur.adjoint ? op.x_stride : blur.src_stride) &&
-                 (!blur.adjoint || pre.width < 64);
-  // Gradients of planes go by runs of some of them, unless one does not fit the first-level cache as its rows do.
-  index_t planes_of_run = max(1, most_run / max(x_plane, 1));
-  index_t run_elements() const { return max(most_run, planes_of_run * x_plane) + 2 * pre.kernel_h * pre.width + rows.reach; }
+  bool in_runs = !PIXELS && !blur.adjoint && rows.has_max && is_inside && rows.is_monotone() && follow_each_other(blur.src_stride);
   bool follow_each_other(const Strides& s) const {
     return rows.rows_of(nullptr, s).follow_each_other() && (blur.channels == 1 || s.c == x_plane) &&
            (blur.batch == 1 || s.n == blur.channels * x_plane);
@@ -185,10 +196,12 @@ struct Side {
   // z of the n pixels from x on.
   void prepare_run(Memory& m, const T* x, index_t n, T* z) const {
     const index_t reach = (pre.kernel_h - 1) * pre.width + rows.reach;
+    std::memset(z + n - reach, 0, reach * sizeof(T));
     for (; n > reach; x += most_run, z += most_run, n -= most_run) {
       const index_t some = min(most_run, n - reach);
       for (int a = 0; a < pre.kernel_h; ++a) m.source_rows.data[a] = x + a * pre.width;
       across(act, m.source_rows.data, pre.kernel_h, 0, some + rows.reach, m.highest[0]);
+      V::store(m.highest[0] + some + rows.reach, Vec<acc>{});  // as `along` reads on
       along(m.highest[0], some, z);
     }
   }
@@ -206,6 +219,10 @@ struct Side {
       for (index_t h = begin; h < end; h += together) put(h, together, g + (h - lo) * rows.z_row);
       return;
     }
+    if constexpr (is_tuned<acc>) {
+      if (in_squares && pre.kernel_h == 2) return squares<2>(m, x, n, c, begin, end, g, lo, dx, put);
+      if (in_squares) return squares<3>(m, x, n, c, begin, end, g, lo, dx, put);
+    }
     m.end = -1;
     index_t seen = lo;
     for (index_t h = begin; h < end; ++h) {
@@ -214,52 +231,57 @@ struct Side {
       for (index_t j = from; j < to; ++j)
         m.winner_rows.data[j - from] = m.row[j], m.gradient_rows.data[j - from] = g + (j - lo) * rows.z_row;
       const int count = static_cast<int>(max(to - from, 0)), first = static_cast<int>(h + pre.top - from);
-      sized(count, [&](auto k) INLINED {
-        Rows::template won_across<k>(m.winner_rows.data, m.gradient_rows.data, count, first, rows.z_row, rows.reach, m.won.data);
-      });
-      sized(pre.kernel_w, [&](auto k) INLINED {
-        Rows::template won_along<k>(m.column[h], m.won.data, rows.row, rows.channels, pre.kernel_w, rows.left, m.dv.data);
-      });
+      Rows::won_across(m.winner_rows.data, m.gradient_rows.data, count, first, rows.z_row, rows.reach, m.won.data);
+      Rows::won_along(m.column[h], m.won.data, rows.row, rows.channels, pre.kernel_w, rows.left, m.dv.data);
       put(h, 1, m.dv.data);
     }
   }
 
-  // dx of `planes` planes, of which `first` is the first, out of the gradient of z.
-  void finish_run(Memory& m, index_t first, index_t planes, const T* g, double* sums) const {
-    const index_t width = pre.width, n = planes * x_plane, above = (pre.kernel_h - 1) * width, windows = n - above - rows.reach;
-    const T* x = static_cast<const T*>(op.x) + first * x_plane;
-    int8_t *const column = m.column[0], *const row = m.row[0] + above;
-    T* const gradient = m.spread.data + above;
-    sized(pre.kernel_w, [&](auto k) INLINED { Rows::template along<k>(x, windows + above, 1, pre.kernel_w, 0, m.highest[0], column); });
-    for (int a = 0; a < pre.kernel_h; ++a) m.highest_rows.data[a] = m.highest[0] + a * width;
-    sized(pre.kernel_h, [&](auto k) INLINED { Rows::template across<k>(m.highest_rows.data, pre.kernel_h, 0, windows, row); });
-    std::memset(row - above, -1, above);
-    for (index_t q = 0; q < planes; ++q) {
-      for (index_t j = 0; j < rows.z_rows; ++j, g += rows.z_row) {
-        const index_t at = q * x_plane + j * width;
-        copy_row(g, rows.z_row, gradient + at);
-        for (index_t e = rows.z_row; e < width; ++e) row[at + e] = -1;
+  // The same for windows of K x K.
+  template <int K, typename Put>
+  void squares(Memory& m, const MapRows<T>& x, index_t n, index_t c, index_t begin, index_t end, const T* g, index_t lo, T* dx,
+               Put&& put) const {
+    using Square = Won<T, PIXELS>;
+    const index_t pitch = blur.dst_stride.h;
+    const acc never = __builtin_nanf(""), flat = pre.act == Act::relu ? acc(0) : never;
+    m.square.forget();
+    if constexpr (K == 2)
+      if (as_it_is) {
+        const bool roomy = (blur.batch - 1 - n) * op.x_stride.n + (blur.channels - 1 - c) * op.x_stride.c >= V::lanes;
+        const auto some = [&](index_t h, index_t count, const T* given, T* to, bool bypass) {
+          typename Square::template Seen<K, T, false> seen;
+          for (int a = 0; a < K; ++a) seen.row[a] = x.row(n, c, min(h + a, pre.height - 1), nullptr);
+          m.square.gradient(flat, seen, given, count, to, {op.x_stride.h, pitch}, roomy, bypass);
+        };
+        // A row ahead of the first one is only there for what is owed to others.
+        for (index_t h = lo; h < begin; ++h) some(h, 1, g + (h - lo) * rows.z_row, m.copy.data, false);
+        const index_t last = min(end, rows.z_rows);
+        some(begin, last - begin, g + (begin - lo) * rows.z_row, dx, rows.bypass);
+        for (index_t h = max(begin, last); h < end; ++h) some(h, 1, nullptr, dx + (h - begin) * pitch, rows.bypass);
+        return;
       }
-      std::memset(row + q * x_plane + rows.z_rows * width, -1, above);
+    index_t met = 0;
+    for (index_t j = max(begin + pre.top - K + 1, 0); j < end + pre.top; ++j) {
+      const index_t h = j - pre.top;
+      const T* const given = j < rows.z_rows ? g + (j - lo) * rows.z_row : nullptr;
+      typename Square::template Seen<K, acc, true> seen{{}, static_cast<int>(max(-h, 0))};
+      for (int a = 0; a < K; ++a) {
+        const index_t r = h + a;
+        const bool is_row = r >= 0 && r < pre.height;
+        seen.row[a] = (is_row ? m.v[r] : m.no_row.data) + V::lanes;
+        if (r < met || !is_row) continue;
+        rows.activate_row(act, tables, x.row(n, c, r, m.copy.data), c, m.v[r] + V::lanes + rows.left);
+        rows.surround(m.v[r] + V::lanes);
+        met = r + 1;
+      }
+      if constexpr (K == 3)
+        if (alone) {
+          m.square.gradient(flat, seen, given, 1, h < begin ? m.copy.data : dx + (h - begin) * pitch, {}, true, rows.bypass && h >= begin);
+          continue;
+        }
+      m.square.gradient(never, seen, given, 1, m.dv.data, {}, true, false);
+      if (h >= begin) put(h, 1, m.dv.data);
     }
-    for (int i = 0; i < pre.kernel_h; ++i) {
-      const index_t up = above - i * width;
-      m.winner_rows.data[i] = row - up, m.gradient_rows.data[i] = gradient - up;
-    }
-    sized(pre.kernel_h, [&](auto k) INLINED {
-      Rows::template won_across<k>(m.winner_rows.data, m.gradient_rows.data, pre.kernel_h, pre.kernel_h - 1, n, rows.reach, m.won.data);
-    });
-    sized(pre.kernel_w, [&](auto k) INLINED { Rows::template won_along<k>(column, m.won.data, n, 1, pre.kernel_w, 0, m.dv.data); });
-    for (index_t q = 0; q < planes; ++q) {
-      T* const dx = blur.dst ? static_cast<T*>(blur.dst) + (first + q) * x_plane : nullptr;
-      rows.gradient(act, tables, x + q * x_plane, m.dv.data + q * x_plane, x_plane, (first + q) % blur.channels, dx, m.part.data,
-                    sums ? sums + q * 2 : nullptr);
-    }
-  }
-  // A row, and whatever follows it, to where there is room for that.
-  static constexpr index_t room = 32 / sizeof(T);
-  INLINED static void copy_row(const T* from, index_t n, T* to) {
-    for (index_t e = 0; e < n; e += room) std::memcpy(to + e, from + e, 32);
   }
 
   void forward(const Parallel& parallel) const {
@@ -308,7 +330,7 @@ struct Side {
     parallel(items, 1, [&](index_t begin, index_t end) {
       Memory memory(*this, true);
       const index_t z_plane = blur.rows.in * rows.z_row;
-      const Scratch<T> g(PIXELS ? min(rows_of_item + pre.kernel_h - 1, blur.rows.in) * rows.z_row : planes_of_item * z_plane + room);
+      const Scratch<T> g(PIXELS ? min(rows_of_item + pre.kernel_h - 1, blur.rows.in) * rows.z_row : planes_of_item * z_plane);
       BlurPool part = blur;
       part.batch = 1, part.dst = g.data;
       for (index_t item = begin; item < end; ++item) {
@@ -331,10 +353,7 @@ struct Side {
             part.dst = g.data + q * z_plane, part.dst_stride = {0, z_plane, rows.z_row, 1};
             blur_pool(part, serial);
           }
-          for (index_t q = 0; q < some && in_runs; q += planes_of_run)
-            finish_run(memory, first + q, min(planes_of_run, some - q), g.data + q * z_plane,
-                       op.sums ? sums.data + (first + q) * 2 : nullptr);
-          for (index_t q = 0; q < some && !in_runs; ++q)
+          for (index_t q = 0; q < some; ++q)
             finish(memory, (first + q) / blur.channels, (first + q) % blur.channels, 0, result_rows, g.data + q * z_plane, 0,
                    op.sums ? sums.data + (first + q) * 2 : nullptr);
         }

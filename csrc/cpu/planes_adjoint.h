@@ -61,7 +61,7 @@ struct Adjoint : PlanesBase<T> {
     List<index_t> offset;
     List<acc> tap;                 // phase after phase
     List<index_t>* rows_of_strip;  // where each row of the result finds its sums; made when first met
-    Scratch<acc> source, sums;
+    ZeroedScratch<acc> source, sums;
     index_t channel = -1;
     bool together = false;
     int terms = 0;  // of every block, where there are three or less: one at either end, and one that is repeated between

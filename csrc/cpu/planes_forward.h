@@ -51,7 +51,7 @@ struct Forward : PlanesBase<T> {
     };
     Strip* strips;      // made when first met
     List<index_t> tap;  // where the first row of each tap is
-    Scratch<acc> buffer;
+    ZeroedScratch<acc> buffer;
     index_t channel = -1;
     explicit Memory(const Forward& f) : strips(new Strip[f.cut.strips]), buffer(f.cut.planes * f.plane_pitch + window) {
       for (int p = 0; p < f.k; ++p) tap.add() = f.slot(p);

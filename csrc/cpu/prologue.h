@@ -3,78 +3,13 @@
 #pragma once
 
 #include "act.h"
+#include "highest.h"
 #include "memory.h"
 #include "rows.h"
 
 namespace aliasfused {
 namespace AF_ISA {
 namespace {
-
-// The higher of two, or what is nan; of equals the second.
-INLINED inline Vec<float> higher(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512BW__)
-  return a != a ? a : (Vec<float>)_mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-  return a != a ? a : (Vec<float>)_mm256_max_ps(a, b);
-#else
-  return (a > b) | (a != a) ? a : b;
-#endif
-}
-INLINED inline Vec<double> higher(Vec<double> a, Vec<double> b) { return (a > b) | (a != a) ? a : b; }
-
-// sum + v in the lanes whose byte is `number`. (Compilers widen bytes one by one.)
-INLINED inline Vec<float> add_where_equal(Vec<float> sum, const int8_t* bytes, int number, Vec<float> v) {
-#if defined(__AVX512BW__)
-  const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
-  return _mm512_mask_add_ps(sum, _mm_cmpeq_epi8_mask(all, _mm_set1_epi8(static_cast<char>(number))), sum, v);
-#elif defined(__AVX2__)
-  const __m128i all = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-  const __m128i equal = _mm_cmpeq_epi8(all, _mm_set1_epi8(static_cast<char>(number)));
-  return sum + _mm256_and_ps(_mm256_castsi256_ps(_mm256_cvtepi8_epi32(equal)), v);
-#else
-  for (int i = 0; i < Vector<float>::lanes; ++i) sum[i] += bytes[i] == number ? v[i] : 0;
-  return sum;
-#endif
-}
-INLINED inline Vec<double> add_where_equal(Vec<double> sum, const int8_t* bytes, int number, Vec<double> v) {
-  for (int i = 0; i < Vector<double>::lanes; ++i) sum[i] += bytes[i] == number ? v[i] : 0;
-  return sum;
-}
-
-// The highest of some values, and which of them it is, as a byte: the first of equals, or the last nan.
-template <typename acc>
-struct Highest {
-  using V = Vector<acc>;
-  typedef int8_t Bytes __attribute__((vector_size(V::lanes)));
-  Vec<acc> value;
-  typename V::index number;
-
-  INLINED Highest(Vec<acc> v, int n) : value(v), number(typename V::index{} + n) {}
-  INLINED void meet(Vec<acc> v, int n) {
-    const auto wins = (v > value) | (v != v);
-    value = wins ? v : value;
-    number = wins ? typename V::index{} + n : number;
-  }
-  INLINED void store_number(int8_t* p) const {
-    const Bytes bytes = __builtin_convertvector(number, Bytes);
-    std::memcpy(p, &bytes, sizeof bytes);
-  }
-};
-#if defined(__AVX512BW__)
-template <>
-struct Highest<float> {
-  Vec<float> value;
-  __m128i number;
-
-  INLINED Highest(Vec<float> v, int n) : value(v), number(_mm_set1_epi8(static_cast<char>(n))) {}
-  INLINED void meet(Vec<float> v, int n) {
-    const __mmask16 wins = _mm512_cmp_ps_mask(v, value, _CMP_GT_OQ) | _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    value = _mm512_mask_mov_ps(value, wins, v);
-    number = _mm_mask_mov_epi8(number, wins, _mm_set1_epi8(static_cast<char>(n)));
-  }
-  INLINED void store_number(int8_t* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), number); }
-};
-#endif
 
 // (x - center) * scale + shift, a vector of channels.
 template <typename acc>
@@ -215,9 +150,8 @@ struct PrologueRows {
 
   // highest: of every window of a row of v, or of x with nothing around it, and its pixel, of which there is none behind either
   // end.
-  template <int K, typename E>
-  NOINLINED static void along(const E* v, index_t n, index_t step, int k, index_t pixels_ahead, acc* highest, int8_t* which) {
-    const int count = K ? K : k;
+  template <typename E>
+  NOINLINED static void along(const E* v, index_t n, index_t step, int count, index_t pixels_ahead, acc* highest, int8_t* which) {
     const index_t reach = step * (count - 1);
     const auto one = [=](index_t e, int first, auto&& load_from) INLINED {
       if (std::is_same_v<E, T>) __builtin_prefetch(reinterpret_cast<const char*>(v + e) + ahead, 0, 2);
@@ -236,37 +170,27 @@ struct PrologueRows {
     const index_t ahead = min(pixels_ahead, n / step);
     for (index_t p = 0; p < ahead; ++p) some(p * step, (p + 1) * step, static_cast<int>(pixels_ahead - p));
     some(ahead * step, n, 0);
+    V::store(highest + n, Vec<acc>{});  // for those who read whole vectors
     std::memset(which, -1, reach);
     std::memset(which + reach + n, -1, reach + lanes);
   }
 
   // The row that the highest of `rows` is in, of which the first is called `first`.
-  template <int K>
   NOINLINED static void across(const acc* const* highest, int rows, int first, index_t n, int8_t* which) {
-    const int count = K ? K : rows;
-    const acc* from[K ? K : 1];
-    for (int a = 0; a < K; ++a) from[a] = highest[a];
     for (index_t e = 0; e < n; e += lanes) {
-      Highest<acc> best(V::load((K ? from[0] : highest[0]) + e), first);
-#pragma GCC unroll 4
-      for (int a = 1; a < count; ++a) best.meet(V::load((K ? from[K ? a : 0] : highest[a]) + e), first + a);
+      Highest<acc> best(V::load(highest[0] + e), first);
+      for (int a = 1; a < rows; ++a) best.meet(V::load(highest[a] + e), first + a);
       best.store_number(which + e);
     }
   }
 
   // The gradient of the maxima along a row: what they have won across `count` rows of windows, in which they are row first,
   // first - 1, ... ; and 0 behind either end.
-  template <int K>
-  NOINLINED static void won_across(const int8_t* const* which, const T* const* g, int rows, int first, index_t n, index_t reach, acc* won) {
-    const int count = K ? K : rows;
-    const int8_t* winner[K ? K : 1];
-    const T* gradient[K ? K : 1];
-    for (int i = 0; i < K; ++i) winner[i] = which[i], gradient[i] = g[i];
+  NOINLINED static void won_across(const int8_t* const* which, const T* const* g, int count, int first, index_t n, index_t reach,
+                                   acc* won) {
     const auto some = [=](index_t e, int most) INLINED {
       Vec<acc> sum{};
-#pragma GCC unroll 4
-      for (int i = 0; i < count; ++i)
-        sum = add_where_equal(sum, (K ? winner[K ? i : 0] : which[i]) + e, first - i, load((K ? gradient[K ? i : 0] : g[i]) + e, most));
+      for (int i = 0; i < count; ++i) sum = add_where_equal(sum, which[i] + e, first - i, load(g[i] + e, most));
       V::store(won + reach + e, sum);
     };
     for (index_t e = 0; e < reach; ++e) won[e] = 0;
@@ -277,13 +201,10 @@ struct PrologueRows {
   }
 
   // dv: of those what the pixels of the row have won. Its first pixel is pixel `left` of the first window's row.
-  template <int K>
-  NOINLINED static void won_along(const int8_t* which, const acc* won, index_t n, index_t step, int k, index_t left, acc* dv) {
-    const int count = K ? K : k;
+  NOINLINED static void won_along(const int8_t* which, const acc* won, index_t n, index_t step, int count, index_t left, acc* dv) {
     const index_t start = step * (count - 1) + left;
     for (index_t e = 0; e < n; e += lanes) {
       Vec<acc> sum{};
-#pragma GCC unroll 4
       for (int b = 0; b < count; ++b) {
         const index_t at = start + e - b * step;
         sum = add_where_equal(sum, which + at, b, V::load(won + at));
@@ -310,14 +231,15 @@ struct PrologueRows {
       else return V::load(dv + e);
     };
     if (!per_channel)
-      return each(elements, c, false, [=](index_t e, int n, index_t) INLINED { put(dx + e, act.slope(load(x + e, n)) * given(e, n), n); });
+      return each(elements, c, false,
+                  [=](index_t e, int n, index_t) INLINED { put(dx + e, act.gradient(load(x + e, n), given(e, n)), n); });
     const index_t pitch = round_up(channels, lanes);
     if (sums)
       for (index_t i = 0; i < 2 * (PIXELS ? pitch : lanes); ++i) part[i] = 0;
     Vec<acc> sum{}, moment{};
     each(elements, c, true, [&](index_t e, int n, index_t k) INLINED {
       const Vec<acc> value = load(x + e, n), center = tables.at(0, k);
-      Vec<acc> du = act.slope(tables.affine ? tables.affine_of(k)(value) : value) * given(e, n);
+      Vec<acc> du = act.gradient(tables.affine ? tables.affine_of(k)(value) : value, given(e, n));
       if (sums) {
         for (int i = n; i < lanes; ++i) du[i] = 0;
         const Vec<acc> m = du * (value - center);

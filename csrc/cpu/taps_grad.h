@@ -89,7 +89,7 @@ struct TapsGradOfPlanes {
   void run(index_t begin, index_t end) const {
     const int own = op.axis == 0 ? op.rows.taps : op.cols.taps, cross = op.axis == 0 ? op.cols.taps : op.rows.taps;
     const Scratch<double> sum(own);
-    const Scratch<acc> row(in_w + 2 * V::lanes), dy(out_w + V::lanes), phases(op.cols.stride * pitch),
+    const ZeroedScratch<acc> row(in_w + 2 * V::lanes), dy(out_w + V::lanes), phases(op.cols.stride * pitch),
         sums(op.axis == 0 ? op.rows.in * pitch : in_w + 2 * V::lanes);
     const Scratch<typename V::type> part(own);
     for (index_t c = begin; c < end; ++c) {

@@ -21,6 +21,12 @@ struct Scratch {
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
 };
+// Of which lanes are read that nobody fills. What they make goes nowhere, but what lies in memory may be tiny as floating-point
+// numbers go, and some processors take a hundred times as long for those.
+template <typename E>
+struct ZeroedScratch : Scratch<E> {
+  explicit ZeroedScratch(index_t n) : Scratch<E>(n) { std::memset(this->data, 0, max(n, 1) * sizeof(E)); }
+};
 
 template <bool ADJOINT>
 index_t results(const Axis& axis) {

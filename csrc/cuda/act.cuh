@@ -1,5 +1,6 @@
 // Activations and their slopes. Which one it is, is known when the kernel runs: all threads of it take the same branch, and
-// nine activations are not nine times as many kernels. Where an activation has a corner, the slope is the one that torch takes.
+// nine activations are not nine times as many kernels. Where an activation has a corner, its slope there is the one that torch
+// takes; where it is flat, u gets 0 whatever g is.
 #pragma once
 
 #include <cmath>
@@ -62,25 +63,26 @@ struct Activation {
     }
   }
 
-  __device__ acc slope(acc u) const {
+  // The gradient of u out of g, that of v.
+  __device__ acc gradient(acc u, acc g) const {
     switch (act) {
-      case Act::none: return 1;
-      case Act::relu: return u <= 0 ? 0 : 1;
-      case Act::relu6: return u <= 0 || u >= 6 ? 0 : 1;
-      case Act::leaky_relu: return u > 0 ? 1 : a;
-      case Act::hardswish: return u <= -3 ? 0 : u >= 3 ? 1 : (u * 2 + 3) / 6;
-      case Act::softplus: return u * a > b ? 1 : Logistic<acc>(u * a).value;
+      case Act::none: return g;
+      case Act::relu: return u <= 0 ? 0 : g;
+      case Act::relu6: return u <= 0 || u >= 6 ? 0 : g;
+      case Act::leaky_relu: return u > 0 ? g : g * a;
+      case Act::hardswish: return u <= -3 ? 0 : u >= 3 ? g : g * ((u * 2 + 3) / 6);
+      case Act::softplus: return u * a > b ? g : g * Logistic<acc>(u * a).value;
       case Act::silu: {
         const Logistic<acc> s(u);
-        return s.value + u * s.slope;
+        return g * (s.value + u * s.slope);
       }
-      case Act::gelu: return normal_cdf(u) + u * std::exp(u * u * acc(-0.5)) * acc(0.39894228040143267794);
+      case Act::gelu: return g * (normal_cdf(u) + u * std::exp(u * u * acc(-0.5)) * acc(0.39894228040143267794));
       case Act::gelu_tanh: {
         const Logistic<acc> s(gelu_tanh_argument(u));
-        return s.value + u * s.slope * (u * u * acc(3 * 0.044715) + 1) * acc(1.59576912160573071176);
+        return g * (s.value + u * s.slope * (u * u * acc(3 * 0.044715) + 1) * acc(1.59576912160573071176));
       }
     }
-    return 1;
+    return g;
   }
 };
 

@@ -81,7 +81,7 @@ struct Prepared {
   }
 };
 
-// What pixel (h, w) of x collects of D^T dy in the windows that it has won, times the slope of its activation.
+// What pixel (h, w) of x collects of D^T dy in the windows that it has won, back through its activation.
 template <typename scalar_t, typename Taps>
 __device__ inline acc_t<scalar_t> du(const BlurPool& op, const Taps& taps, const Prepared<scalar_t>& x, index_t n, index_t c, index_t h,
                                      index_t w) {
@@ -96,7 +96,7 @@ __device__ inline acc_t<scalar_t> du(const BlurPool& op, const Taps& taps, const
   for (index_t i = rows.begin; i < rows.end; ++i)
     for (index_t j = cols.begin; j < cols.end; ++j)
       if (x.wins(h, w, value, i, j)) won += blurred<true>(op, taps.rows(c), taps.cols(c), dy, i, j);
-  return x.act.slope(u) * won;
+  return x.act.gradient(u, won);
 }
 
 template <typename scalar_t, typename Taps>

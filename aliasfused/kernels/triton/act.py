@@ -55,26 +55,26 @@ def value(u, ACT: tl.constexpr, NUMBERS: tl.constexpr):
 
 
 @triton.jit
-def slope(u, ACT: tl.constexpr, NUMBERS: tl.constexpr):
-    """What a gradient of v is multiplied by to be one of u; where act has a corner, the slope that torch takes."""
-    result = tl.full(u.shape, 1.0, u.dtype)
+def pulled_back(u, g, ACT: tl.constexpr, NUMBERS: tl.constexpr):
+    """The gradient of u out of g, that of v; at a corner with the slope that torch takes, and 0 where act is flat, whatever g is."""
+    result = g
     if ACT == "relu":
-        result = tl.where(u <= 0, 0.0, result)
+        result = tl.where(u <= 0, 0.0, g)
     if ACT == "relu6":
-        result = tl.where((u <= 0) | (u >= 6), 0.0, result)
+        result = tl.where((u <= 0) | (u >= 6), 0.0, g)
     if ACT == "leaky_relu":
-        result = tl.where(u > 0, result, NUMBERS[0])
+        result = tl.where(u > 0, g, g * NUMBERS[0])
     if ACT == "silu":
         part, bell = sigmoid(u)
-        result = part + u * bell
+        result = g * (part + u * bell)
     if ACT == "gelu":
-        result = normal_cdf(u) + u * tl.exp(u * u * -0.5) * 0.3989422804014327
+        result = g * (normal_cdf(u) + u * tl.exp(u * u * -0.5) * 0.3989422804014327)
     if ACT == "gelu_tanh":
         part, bell = sigmoid(twice_tanh_of(u))
-        result = part + u * bell * (u * u * (3 * 0.044715) + 1.0) * 1.5957691216057308
+        result = g * (part + u * bell * (u * u * (3 * 0.044715) + 1.0) * 1.5957691216057308)
     if ACT == "hardswish":
-        result = tl.where(u <= -3, 0.0, tl.where(u >= 3, result, (u * 2.0 + 3.0) / 6.0))
+        result = tl.where(u <= -3, 0.0, tl.where(u >= 3, g, g * ((u * 2.0 + 3.0) / 6.0)))
     if ACT == "softplus":
         t = u * NUMBERS[0]
-        result = tl.where(t > NUMBERS[1], result, sigmoid(t)[0])
+        result = tl.where(t > NUMBERS[1], g, g * sigmoid(t)[0])
     return result

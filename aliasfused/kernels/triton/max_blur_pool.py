@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch._prims_common import suggest_memory_format
 
-from .act import slope, value
+from .act import pulled_back, value
 from .launch import Axis, Blur, Operand, accumulator, empty, launch, tile
 from .prologue import Prologue, at, maximum, narrowed, plane_of, table_of, transformed
 from .tile import place, store_row, tap
@@ -87,7 +87,7 @@ def gradient(
                 total += tap(None, p, None, 0, 0, None, BLUR.taps_h, ACC) * total_w
     if len(affine) > 0:
         pixel -= affine[0]
-    return pixel, slope(u, PRE.act, PRE.numbers) * total
+    return pixel, pulled_back(u, total, PRE.act, PRE.numbers)
 
 
 @triton.jit(do_not_specialize=["total", *SIZES])
