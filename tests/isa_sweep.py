@@ -258,8 +258,8 @@ def same(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    detail = next(b.detail for b in aliasfused.backends() if (b.name, b.device) == ("native", "cpu"))
-    assert detail.partition(" of ")[0] == sys.argv[1], detail
+    native = next(b for b in aliasfused.backends() if (b.name, b.device) == ("native", "cpu"))
+    assert native.detail.partition(" of ")[0] == sys.argv[1], native.reason or native.detail
     conversions()
     counts = f"{sweep()} geometries, {steps()} steps, {moments()} moments, {norms()} norms, {adaptive()} adaptive"
     print(f"{sys.argv[1]}: {counts}, every value of the short dtypes")
