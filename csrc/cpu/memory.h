@@ -33,6 +33,16 @@ INLINED inline auto load(const T* p, int n) {
   else return Lanes<T>::load_vector(p, n);
 }
 
+// A vector, or its first n elements: for loops of which only the end is less than whole.
+template <typename T>
+INLINED inline auto load_upto(const T* p, int n) {
+  return n == Vector<acc_t<T>>::lanes ? Lanes<T>::load_vector(p) : Lanes<T>::load_vector(p, n);
+}
+template <typename T, typename V>
+INLINED inline void store_upto(T* p, V v, int n) {
+  n == Vector<acc_t<T>>::lanes ? Lanes<T>::store_vector(p, v) : Lanes<T>::store_vector(p, v, n);
+}
+
 // Memory that is about to be read, asked for while the processor is busy with what it has: each step of the work asks for
 // `share` bytes more.
 struct Ahead {

@@ -75,22 +75,20 @@ struct PrologueRows {
       if (i < run) f(start + i, static_cast<int>(run - i), PIXELS ? i : c);
     }
   }
-  INLINED static Vec<acc> load(const T* p, int n) { return n == lanes ? Lanes<T>::load_vector(p) : Lanes<T>::load_vector(p, n); }
-  INLINED static void store(T* p, Vec<acc> v, int n) { n == lanes ? Lanes<T>::store_vector(p, v) : Lanes<T>::store_vector(p, v, n); }
 
   // act of some elements of x, and what `put` does with it.
   template <typename A, typename Put>
   INLINED void activate(const A act, const Tables& tables, const T* x, index_t elements, index_t c, Put&& put) const {
     const bool affine = tables.affine;
     each(elements, c, affine, [&](index_t e, int n, index_t k) INLINED {
-      Vec<acc> u = load(x + e, n);
+      Vec<acc> u = load_upto(x + e, n);
       if (affine) u = tables.affine_of(k)(u);
       put(e, act.value(u), n);
     });
   }
   template <typename A>
   NOINLINED void activate_alone(const A act, const Tables& tables, const T* x, index_t elements, index_t c, T* z) const {
-    activate(act, tables, x, elements, c, [=](index_t e, Vec<acc> v, int n) INLINED { store(z + e, v, n); });
+    activate(act, tables, x, elements, c, [=](index_t e, Vec<acc> v, int n) INLINED { store_upto(z + e, v, n); });
   }
   // v of a row of x.
   template <typename A>
@@ -138,7 +136,7 @@ struct PrologueRows {
       Vec<acc> m = V::load(v + e);
 #pragma GCC unroll 4
       for (int b = 1; b < width; ++b) m = higher(V::load(v + e + b * step), m);
-      store(z + e, m, some);
+      store_upto(z + e, m, some);
     };
     index_t e = 0;
     for (; e + lanes <= n; e += lanes) put(e, lanes);
@@ -190,7 +188,7 @@ struct PrologueRows {
                                    acc* won) {
     const auto some = [=](index_t e, int most) INLINED {
       Vec<acc> sum{};
-      for (int i = 0; i < count; ++i) sum = add_where_equal(sum, which[i] + e, first - i, load(g[i] + e, most));
+      for (int i = 0; i < count; ++i) sum = add_where_equal(sum, which[i] + e, first - i, load_upto(g[i] + e, most));
       V::store(won + reach + e, sum);
     };
     for (index_t e = 0; e < reach; ++e) won[e] = 0;
@@ -224,21 +222,21 @@ struct PrologueRows {
       if constexpr (sizeof(T) == 4)
         if (streams && n == lanes) return _mm512_stream_ps(to, v);
 #endif
-      store(to, v, n);
+      store_upto(to, v, n);
     };
     const auto given = [=](index_t e, int n) INLINED {
-      if constexpr (std::is_same_v<G, T>) return load(dv + e, n);
+      if constexpr (std::is_same_v<G, T>) return load_upto(dv + e, n);
       else return V::load(dv + e);
     };
     if (!per_channel)
       return each(elements, c, false,
-                  [=](index_t e, int n, index_t) INLINED { put(dx + e, act.gradient(load(x + e, n), given(e, n)), n); });
+                  [=](index_t e, int n, index_t) INLINED { put(dx + e, act.gradient(load_upto(x + e, n), given(e, n)), n); });
     const index_t pitch = round_up(channels, lanes);
     if (sums)
       for (index_t i = 0; i < 2 * (PIXELS ? pitch : lanes); ++i) part[i] = 0;
     Vec<acc> sum{}, moment{};
     each(elements, c, true, [&](index_t e, int n, index_t k) INLINED {
-      const Vec<acc> value = load(x + e, n), center = tables.at(0, k);
+      const Vec<acc> value = load_upto(x + e, n), center = tables.at(0, k);
       Vec<acc> du = act.gradient(tables.affine ? tables.affine_of(k)(value) : value, given(e, n));
       if (sums) {
         for (int i = n; i < lanes; ++i) du[i] = 0;

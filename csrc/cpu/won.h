@@ -60,14 +60,6 @@ struct Won {
       return iota<acc>(0, 1) < n;
   }
   INLINED static int limited(index_t n, index_t most) { return static_cast<int>(max(min(n, most), 0)); }
-  template <typename E>
-  INLINED static Vec<acc> load(const E* p, int n) {
-    return n == lanes ? Lanes<E>::load_vector(p) : Lanes<E>::load_vector(p, n);
-  }
-  template <typename E>
-  INLINED static void store(E* p, Vec<acc> v, int n) {
-    n == lanes ? Lanes<E>::store_vector(p, v) : Lanes<E>::store_vector(p, v, n);
-  }
 
   // WHOLE: whole vectors can be read everywhere.
   template <int K, bool WHOLE, typename E, bool BORDER, typename To>
@@ -89,13 +81,13 @@ struct Won {
           if (streams && n == lanes) return _mm512_stream_ps(p, v);
 #endif
         if (!streams) own_soon(p, lanes * sizeof(To));
-        store(p, v, n);
+        store_upto(p, v, n);
       };
       // n windows from element e on, that have `given` to give; `owed` takes what is for the pixels behind, and says what is for
       // these. At an edge, there(b): how many have a pixel b; forced(b): where all before pixel b are none.
       const auto some = [=](auto at_edge, index_t e, int n, Vec<acc> given, auto&& there, auto&& forced, auto&& owed) INLINED {
         const auto from = [=](int a, int b)
-                              INLINED { return load(seen.row[a] + e + b * step, !at_edge || (WHOLE && !PIXELS) ? lanes : there(b)); };
+                              INLINED { return load_upto(seen.row[a] + e + b * step, !at_edge || (WHOLE && !PIXELS) ? lanes : there(b)); };
         Where pixel[K], row[K];
         const Vec<acc> first = from(0, 0);
         Vec<acc> best = first;
@@ -122,7 +114,7 @@ struct Won {
 #pragma GCC unroll 4
         for (int a = 1; a < K; ++a) {
           if (a + 1 < K) to_row[a] += Lanes<acc>::load_vector(below + a * pitch + e);
-          store(below + (a - 1) * pitch + e, to_row[a], PIXELS ? n : lanes);  // planes: with what follows, which is 0
+          store_upto(below + (a - 1) * pitch + e, to_row[a], PIXELS ? n : lanes);  // planes: with what follows, which is 0
         }
 #pragma GCC unroll 4
         for (int b = K - 1; b > 0; --b) to_pixel[b] = where(pixel[b], won, zero), won = where(pixel[b], zero, won);
@@ -152,7 +144,7 @@ struct Won {
             __builtin_prefetch(reinterpret_cast<const char*>(seen.row[K - 1] + e) + ahead, 0, 2);
             const auto there = [=](int b) INLINED { return w + b < windows + K - 1 ? n : 0; };
             if (n < lanes || w < left || w >= windows || !all_rows) {
-              const Vec<acc> given = w < windows ? load(g + e, n) : zero;
+              const Vec<acc> given = w < windows ? load_upto(g + e, n) : zero;
               some(edge, e, n, given, there, forced, owed);
             } else {
               some(inside, e, lanes, Lanes<T>::load_vector(g + e), all, none, owed);
@@ -175,8 +167,9 @@ struct Won {
             continue;
           }
           const bool is_last = e == last, is_ahead = e < left;
-          const Vec<acc> given = is_ahead ? __builtin_shuffle(zero, load(g, limited(windows, left)), iota<acc>(static_cast<int>(left), 1))
-                                          : load(g + e, is_last ? windows_of_last : limited(windows - e, lanes));
+          const Vec<acc> given = is_ahead
+                                     ? __builtin_shuffle(zero, load_upto(g, limited(windows, left)), iota<acc>(static_cast<int>(left), 1))
+                                     : load_upto(g + e, is_last ? windows_of_last : limited(windows - e, lanes));
           const auto there = [=](int b) INLINED { return is_last ? pixels_of_last[b] : limited(windows + K - 1 - b - e, lanes); };
           const auto forced = [=](int b) INLINED { return first_lanes(is_ahead ? lanes - b + 1 : 0); };
           some(edge, e, is_last ? of_last : lanes, given, there, forced, owed);
