@@ -216,7 +216,8 @@ struct PrologueRows {
   NOINLINED void gradient(const A act, const Tables& tables, const T* x, const G* dv, index_t elements, index_t c, T* dx, acc* part,
                           double* sums) const {
     const bool per_channel = tables.affine || tables.correction || sums;
-    const bool streams = bypass && reinterpret_cast<uintptr_t>(dx) % 64 == 0 && (!PIXELS || !per_channel || channels % lanes == 0);
+    [[maybe_unused]] const bool streams =
+        bypass && reinterpret_cast<uintptr_t>(dx) % 64 == 0 && (!PIXELS || !per_channel || channels % lanes == 0);
     const auto put = [=](T* to, Vec<acc> v, int n) INLINED {
 #if defined(__AVX512BW__)
       if constexpr (sizeof(T) == 4)
