@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Builds, checks and measures on a CUDA machine that has torch, in under 9 minutes and without a network.
 #
-#   bench/gpu.sh OUTDIR
+#   bench/gpu.sh OUTDIR [OPTION OF bench.run]...
 #
-# Logs and CSV are left in OUTDIR. With ALIASFUSED_SO an object built elsewhere is used; without nvcc, the one in place.
+# What is checked is checked side by side; then what is measured has the machine to itself. Logs and CSV are left in OUTDIR.
+# With ALIASFUSED_SO an object built elsewhere is used; without nvcc, the one in place.
 # The exit status is not zero when a stage failed; a tool that is not there is said to be missing, and is no failure.
 set -u
-[ $# -eq 1 ] || { sed -n '2,7p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,8p' "$0" >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+shift
 cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 object=aliasfused/_C.abi3.so
@@ -64,26 +66,31 @@ else
 fi
 stage backends 40 "$python" -m aliasfused
 
+checks=()
+export OMP_NUM_THREADS=2
 if "$python" -c 'import pytest' 2>/dev/null; then
-  contract() { stage "$1" "$2" "$python" -m pytest tests/test_contract.py --device cuda -q -p no:cacheprovider -k "$3"; }
-  contract contract 110 "not triton"
+  workers=$("$python" -c 'import os, xdist; print("-n", max(1, os.cpu_count() // 3))' 2>/dev/null)
+  # shellcheck disable=SC2086
+  contract() { stage "$1" "$2" "$python" -m pytest tests/test_contract.py --device cuda -q -p no:cacheprovider $workers -k "$3"; }
+  contract contract 110 "not triton" & checks+=($!)
   # Each of its kernels is compiled when it is first called, which takes longer than all else: one dtype, one layout.
-  contract contract_triton 100 "triton and float32-nchw"
+  contract contract_triton 110 "triton and float32-nchw" & checks+=($!)
 else
   missing pytest "the contract tests did not run"
 fi
-
 sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer" 2>/dev/null)
 if [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
-    stage "$tool" 45 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m bench.sanitize
+    stage "$tool" 110 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m bench.sanitize & checks+=($!)
   done
 else
   missing compute-sanitizer "memcheck and racecheck did not run"
 fi
+for check in "${checks[@]}"; do wait "$check" || failed=1; done
+unset OMP_NUM_THREADS
 
 # What is left of 530 seconds.
 left=$((530 - SECONDS))
-stage bench "$((left > 30 ? left : 30))" "$python" -m bench.run --device cuda --out "$out"
+stage bench "$((left > 30 ? left : 30))" "$python" -m bench.run --device cuda --out "$out" "$@"
 [ $failed -eq 0 ] && say "all stages passed in $SECONDS s" || say "some stages failed, after $SECONDS s"
 exit $failed

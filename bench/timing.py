@@ -69,7 +69,8 @@ class GraphClock:
                 call()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
-        def once() -> float:
+        # The graph reads what the work holds, weights and saved tensors, which must live as long.
+        def once(held: Call = call) -> float:
             start.record()
             graph.replay()
             end.record()

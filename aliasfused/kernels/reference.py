@@ -82,7 +82,7 @@ def blur_pool_taps_grad(dy, x, other, axis, size, stride, padding, pad_mode):
     else:
         blurred = _matrix(other, rows) @ x
         grad = torch.einsum("ncij,qjw,nciw->cq", dy, cols, blurred)
-    return grad.to(other.dtype)
+    return grad.to(other.dtype).contiguous()
 
 
 def activation(u: torch.Tensor, act: str, args: List[float]) -> torch.Tensor:  # noqa: UP006
@@ -98,7 +98,8 @@ def activation(u: torch.Tensor, act: str, args: List[float]) -> torch.Tensor:  #
     if act == "gelu_tanh":
         return F.gelu(u, approximate="tanh")
     if act == "hardswish":
-        return F.hardswish(u)
+        # On a GPU torch's own is no more accurate for float64 than for float32.
+        return u * F.relu6(u + 3) / 6 if u.dtype == torch.float64 else F.hardswish(u)
     if act == "leaky_relu":
         return F.leaky_relu(u, args[0])
     if act == "softplus":

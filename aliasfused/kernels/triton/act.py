@@ -32,8 +32,11 @@ def twice_tanh_of(u):
 
 
 @triton.jit
-def value(u, ACT: tl.constexpr, NUMBERS: tl.constexpr):
-    """v = act(u). NUMBERS: leaky_relu (slope,), softplus (beta, threshold)."""
+def value(u, PRE: tl.constexpr):
+    """v = act(u). The numbers: leaky_relu (slope,), softplus (beta, threshold)."""
+    # Triton 3.6 passes on no attribute that is a string or a tuple, so that whoever wants one takes it out itself.
+    ACT: tl.constexpr = PRE.act
+    NUMBERS: tl.constexpr = PRE.numbers
     if ACT == "relu":
         u = tl.where(u <= 0, 0.0, u)
     if ACT == "relu6":
@@ -55,8 +58,10 @@ def value(u, ACT: tl.constexpr, NUMBERS: tl.constexpr):
 
 
 @triton.jit
-def pulled_back(u, g, ACT: tl.constexpr, NUMBERS: tl.constexpr):
+def pulled_back(u, g, PRE: tl.constexpr):
     """The gradient of u out of g, that of v; at a corner with the slope that torch takes, and 0 where act is flat, whatever g is."""
+    ACT: tl.constexpr = PRE.act
+    NUMBERS: tl.constexpr = PRE.numbers
     result = g
     if ACT == "relu":
         result = tl.where(u <= 0, 0.0, g)

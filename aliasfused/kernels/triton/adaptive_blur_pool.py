@@ -134,15 +134,16 @@ def backward(
 ):  # fmt: skip
     """dx."""
     K: tl.constexpr = FILTER.k
+    BORDER: tl.constexpr = FILTER.border
     n, column, h, w, inside = place(total, columns, height, width, LAYOUT.channels_last, 1, ROWS, COLS, WIDE)
     group, first, left = chunk_of(column, per, each, LAYOUT)
     source_map = Map(dy, y_strides, out_height, out_width)
     result = zeros(inside, LAYOUT, ACC)
-    steps_w = readers(w, width, inside, K, FILTER.stride[1], FILTER.border)
-    for step_h in range(readers(h, height, inside, K, FILTER.stride[0], FILTER.border)):
-        i, p = reader(h, step_h, height, out_height, K, FILTER.stride[0], FILTER.border)
+    steps_w = readers(w, width, inside, K, FILTER.stride[1], BORDER)
+    for step_h in range(readers(h, height, inside, K, FILTER.stride[0], BORDER)):
+        i, p = reader(h, step_h, height, out_height, K, FILTER.stride[0], BORDER)
         for step_w in range(steps_w):
-            j, q = reader(w, step_w, width, out_width, K, FILTER.stride[1], FILTER.border)
+            j, q = reader(w, step_w, width, out_width, K, FILTER.stride[1], BORDER)
             reads = inside & (i >= 0) & (j >= 0)
             logit, maximum, rate = filters_at(
                 logits, most, scale, n, group, i, j, reads, logits_strides, table_strides, FILTER, ACC

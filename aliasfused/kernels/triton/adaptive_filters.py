@@ -108,8 +108,9 @@ def shown(
 ):  # fmt: skip
     """What tap t of outputs (h, w) reads."""
     RADIUS: tl.constexpr = FILTER.k // 2
-    i = source(h * FILTER.stride[0] + (t // FILTER.k - RADIUS), x.height, FILTER.border, FILTER.near)
-    j = source(w * FILTER.stride[1] + (t % FILTER.k - RADIUS), x.width, FILTER.border, FILTER.near)
+    BORDER: tl.constexpr = FILTER.border
+    i = source(h * FILTER.stride[0] + (t // FILTER.k - RADIUS), x.height, BORDER, FILTER.near)
+    j = source(w * FILTER.stride[1] + (t % FILTER.k - RADIUS), x.width, BORDER, FILTER.near)
     inside = inside & (i >= 0) & (i < x.height) & (j >= 0) & (j < x.width)
     return load(x, n, first, i, j, left, inside, LAYOUT, ALIGN, ACC)
 

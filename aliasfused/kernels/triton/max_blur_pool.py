@@ -51,9 +51,12 @@ def gradient(
     """
     K_H: tl.constexpr = PRE.kernel[0]
     K_W: tl.constexpr = PRE.kernel[1]
+    TAPS_H: tl.constexpr = BLUR.taps_h
+    TAPS_W: tl.constexpr = BLUR.taps_w
+    BORDER: tl.constexpr = BLUR.border
     pixel, _ = at(x, h, w, inside, X_ALIGN, ACC)
     u = transformed(pixel, affine)
-    v = value(u, PRE.act, PRE.numbers)
+    v = value(u, PRE)
     left = tl.full(inside.shape, K_W - 1, tl.int32)
     right = left
     total = tl.zeros(inside.shape, ACC)
@@ -67,7 +70,7 @@ def gradient(
         inside_i = inside & (i >= 0) & (i < rows.n)
         for step_h in range(rows.steps):
             out_h, p = read_by(
-                i, step_h, rows.n, dy.height, BLUR.padding[2], rows.ahead, len(BLUR.taps_h), BLUR.stride[0], BLUR.border
+                i, step_h, rows.n, dy.height, BLUR.padding[2], rows.ahead, len(TAPS_H), BLUR.stride[0], BORDER
             )
             inside_h = inside_i & (out_h >= 0)
             if tl.max((inside_h & (to_left + to_right >= K_W - 1)).to(tl.int32)) > 0:
@@ -78,16 +81,16 @@ def gradient(
                     part = tl.zeros(inside.shape, ACC)
                     for step_w in range(cols.steps):
                         out_w, q = read_by(
-                            j, step_w, cols.n, dy.width, BLUR.padding[0], cols.ahead, len(BLUR.taps_w), BLUR.stride[1], BLUR.border
+                            j, step_w, cols.n, dy.width, BLUR.padding[0], cols.ahead, len(TAPS_W), BLUR.stride[1], BORDER
                         )  # fmt: skip
                         cotangent, _ = at(dy, out_h, out_w, inside_w, DY_ALIGN, ACC)
-                        part += tap(None, q, None, 0, 0, None, BLUR.taps_w, ACC) * cotangent
+                        part += tap(None, q, None, 0, 0, None, TAPS_W, ACC) * cotangent
                     # Not before: a vector of channels is loaded whole, whoever has won.
                     total_w += tl.where((b <= to_left) & (K_W - 1 - b <= to_right), part, 0.0)
-                total += tap(None, p, None, 0, 0, None, BLUR.taps_h, ACC) * total_w
+                total += tap(None, p, None, 0, 0, None, TAPS_H, ACC) * total_w
     if len(affine) > 0:
         pixel -= affine[0]
-    return pixel, pulled_back(u, total, PRE.act, PRE.numbers)
+    return pixel, pulled_back(u, total, PRE)
 
 
 @triton.jit(do_not_specialize=["total", *SIZES])
@@ -97,21 +100,24 @@ def forward(
     ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = A z B^T."""
+    TAPS_H: tl.constexpr = BLUR.taps_h
+    TAPS_W: tl.constexpr = BLUR.taps_w
+    BORDER: tl.constexpr = BLUR.border
     ALIGN: tl.constexpr = max(X_ALIGN, Y_ALIGN)
     n, c, h, w, inside = place(total, channels, out_height, out_width, CHANNELS_LAST, ALIGN, ROWS, COLS, WIDE)
     table = table_of(affine, c, channels, 3, ACC)
     image = plane_of(x, n, c, x_strides, height, width)
     total_h = tl.zeros((ROWS, COLS), ACC)
-    for p in range(len(BLUR.taps_h)):
-        i = read(h, p, z_height, BLUR.padding[2], BLUR.stride[0], BLUR.border)
+    for p in range(len(TAPS_H)):
+        i = read(h, p, z_height, BLUR.padding[2], BLUR.stride[0], BORDER)
         inside_h = inside & (i >= 0) & (i < z_height)
         total_w = tl.zeros((ROWS, COLS), ACC)
-        for q in range(len(BLUR.taps_w)):
-            j = read(w, q, z_width, BLUR.padding[0], BLUR.stride[1], BLUR.border)
+        for q in range(len(TAPS_W)):
+            j = read(w, q, z_width, BLUR.padding[0], BLUR.stride[1], BORDER)
             inside_w = inside_h & (j >= 0) & (j < z_width)
             z = tl.where(inside_w, maximum(image, table, i, j, inside_w, PRE, X_ALIGN, ACC), 0.0)
-            total_w += tap(None, q, None, 0, 0, None, BLUR.taps_w, ACC) * z
-        total_h += tap(None, p, None, 0, 0, None, BLUR.taps_h, ACC) * total_w
+            total_w += tap(None, q, None, 0, 0, None, TAPS_W, ACC) * z
+        total_h += tap(None, p, None, 0, 0, None, TAPS_H, ACC) * total_w
     offset = n * y_strides[0] + c * y_strides[1] + h.to(tl.int64) * y_strides[2]
     store_row(y, offset, y_strides[3], w, out_width, inside, (total_h,), 1, Y_ALIGN, CHANNELS_LAST)
 

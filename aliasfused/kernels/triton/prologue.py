@@ -82,7 +82,7 @@ def maximum(x, affine, i, j, inside, PRE: tl.constexpr, ALIGN: tl.constexpr, ACC
     for a in range(PRE.kernel[0]):
         for b in range(PRE.kernel[1]):
             pixel, there = at(x, i + (a - PRE.padding[2]), j + (b - PRE.padding[0]), inside, ALIGN, ACC)
-            v = value(transformed(pixel, affine), PRE.act, PRE.numbers)
+            v = value(transformed(pixel, affine), PRE)
             best = tl.where(there & beats(v, best), v, best)
     return best
 
@@ -92,7 +92,7 @@ def narrowed(left, right, x, affine, v, h, w, down, inside, PRE: tl.constexpr, A
     """To how many columns on its left and right pixel (h, w), of value v, loses nothing: row h + down counts from now on."""
     for along in range(1 - PRE.kernel[1], PRE.kernel[1]):
         pixel, there = at(x, h + down, w + along, inside & ((down != 0) | (along != 0)), ALIGN, ACC)
-        other = value(transformed(pixel, affine), PRE.act, PRE.numbers)
+        other = value(transformed(pixel, affine), PRE)
         earlier = (down < 0) | ((down == 0) & (along < 0))
         lost = there & tl.where(earlier, ~beats(v, other), beats(other, v))
         left = tl.where(lost & (along <= 0), tl.minimum(left, -along - 1), left)
