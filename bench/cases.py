@@ -158,9 +158,14 @@ def quick(device: str) -> list[Case]:
     """What ``python -m bench.run`` measures."""
     if device == "cuda":
         sites = [site for site in SITES if site.network == "resnet50" or site.size in (223, 55, 13)]
-        ratios = list(_sweep(OPS, sites, ("fp32", "bf16"), (4,), "ratio", device))
-        ratios += _sweep(GROUPS, sites, ("fp32", "bf16"), (3, 5), "ratio", device)
-        return [*ratios, *_calls()]
+        plain = [op for op in OPS if op not in GROUPS]
+        dtypes = ("fp32", "bf16")
+        return [
+            *_sweep(plain, sites, dtypes, (4,), "ratio", device),
+            *_sweep(("adaptive_g8",), sites, dtypes, (3, 5), "ratio", device),
+            *_sweep(("adaptive_g2",), sites, dtypes, (3,), "ratio", device),
+            *_calls(),
+        ]
     ends = [site for site in SITES if (site.channels, site.size) in ((64, 112), (512, 14), (512, 13))]
     dtypes = ("fp32", "bf16")
     return [
@@ -186,8 +191,8 @@ def barred(device: str) -> list[Case]:
 
 def compiled_peers(case: Case, device: str, bars: bool) -> bool:
     """Whether the compiled peers take part in a case."""
-    first = case.op == OPS[0] and case.site in QUICK_COMPILED
-    return case.purpose == "ratio" and (bars or device == "cuda" or first)
+    first = case.site in QUICK_COMPILED and (case.op == OPS[0] or device == "cuda")
+    return case.purpose == "ratio" and (bars or first)
 
 
 def select(cases: Iterable[Case], **wanted: Iterable[object] | None) -> list[Case]:

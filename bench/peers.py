@@ -42,6 +42,11 @@ class Contender:
     backend: str = "native"
     compiled: bool = False
 
+    @property
+    def waits(self) -> bool:
+        """Whether its first call waits for a compiler."""
+        return self.compiled or (self.role == "ours" and self.backend == "triton")
+
     def context(self) -> contextlib.AbstractContextManager[None]:
         """Within it the contender's backend answers. The default one needs nothing, so that nothing is paid for it."""
         if self.role != "ours" or self.backend == "native":

@@ -73,8 +73,8 @@ class Bench:
         return rows
 
     def compilations(self, todo: Iterable[Case]) -> list[Callable[[], None]]:
-        """The compiled peers of these cases, as jobs for other processes."""
-        jobs = ((case, [c.name for c in self.contenders(case) if c.compiled]) for case in todo)
+        """Whoever must be compiled for these cases, as jobs for other processes."""
+        jobs = ((case, [(c.name, c.backend) for c in self.contenders(case) if c.waits]) for case in todo)
         threads = self.machine.threads
         return [functools.partial(timing.warm, case, names, self.device, threads) for case, names in jobs if names]
 

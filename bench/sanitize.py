@@ -30,13 +30,18 @@ def main(device: str = "cuda") -> None:
         if k in (3, 8):
             taps = torch.rand(shape[1], k, device=device, dtype=torch.float64).to(x.dtype).requires_grad_()
             aliasfused.blur_pool2d(x, taps, stride, pad_mode=mode).sum().backward()
-            scale = torch.rand(shape[1], device=device, requires_grad=True)
-            y = aliasfused.max_blur_pool2d(x, 2, k, stride, act="relu", scale=scale, max_padding=1, pad_mode=mode)
-            y.sum().backward()
             wide = torch.float64 if x.dtype is torch.float64 else torch.float32
             aliasfused.nn.BNActBlurPool2d(shape[1], "relu", k, pad_mode=mode, device=device, dtype=wide)(
                 x
             ).sum().backward()
+        if k in (3, 4, 8):
+            scale = torch.rand(shape[1], device=device, requires_grad=True)
+            for window, some in itertools.product((1, 2, 3), (None, scale)):
+                padding = window // 2
+                y = aliasfused.max_blur_pool2d(
+                    x, window, k, stride, act="relu", scale=some, max_padding=padding, pad_mode=mode
+                )
+                y.sum().backward()
         if k in (3, 5, 7):
             # At the kept positions, and at all.
             for size in ([-(-n // 2) for n in shape[2:]], shape[2:]):

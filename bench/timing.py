@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .cases import Case
-from .peers import OURS, PEERS, TRUTH, Absent, Contender, Op
+from .peers import OURS, TRUTH, Absent, Contender, Op, contenders, default_backends
 
 Call = Callable[[], object]
 Once = Callable[[], float]
@@ -310,15 +310,16 @@ def measure(case: Case, contenders: Sequence[Contender], device: str, seconds: f
     return results
 
 
-def warm(case: Case, names: Sequence[str], device: str, threads: int) -> None:
-    """Compile these peers for a case, for the cache on disk: the code depends on the number of threads."""
+def warm(case: Case, wanted: Sequence[tuple[str, str]], device: str, threads: int) -> None:
+    """Compile contenders, by name and backend, for the caches on disk: the code depends on the number of threads."""
     torch.set_num_threads(threads)
     torch.compiler.reset()
     inputs = Inputs(case, device)
     with _backward_repeatable():
-        for contender in PEERS[case.op]:
-            if contender.name in names:
-                inputs.values(contender.build(case, device))
+        for contender in contenders(case, device, default_backends(device), bars=True):
+            if (contender.name, contender.backend) in wanted:
+                with contender.context():
+                    inputs.values(contender.build(case, device))
 
 
 def _enter(contender: Contender, inputs: Inputs, clock: Clock) -> tuple[Result, Once | None]:

@@ -21,7 +21,10 @@ struct OnCpu {
 #ifdef ALIASFUSED_CUDA
 struct OnCuda {
   static void run(const MaxBlurPool& op, const Tensor& t) {
-    on_device(t, [&](void* stream) { return max_blur_pool_cuda(op, stream); });
+    const index_t size = max_blur_pool_scratch(op);
+    const Tensor scratch = size ? torch::stable::new_empty(t, {size}, ScalarType::Double) : Tensor();
+    double* const parts = size ? static_cast<double*>(scratch.data_ptr()) : nullptr;
+    on_device(t, [&](void* stream) { return max_blur_pool_cuda(op, parts, stream); });
   }
 };
 #endif

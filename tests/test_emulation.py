@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import os
@@ -13,8 +14,10 @@ from random import Random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tolerances
+from aliasfused import filters
 from aliasfused.kernels import reference
 from cases import coarse
 from truth import Blur, Step
@@ -341,6 +344,7 @@ class Steps:
     pad_mode: str = "reflect"
     affine: torch.Tensor | None = None
     correction: torch.Tensor | None = None
+    kernels: list[str] = dataclasses.field(default_factory=list, repr=False)
 
     @property
     def padding(self) -> tuple[int, int, int, int]:
@@ -360,18 +364,20 @@ class Steps:
         return Step(self.act, ACTS[self.act], self.affine, self.kernel, self.max_padding, blur)
 
     def run(self, emulated, x, *, dy=None, dst=None, sums=None) -> None:
+        """What is asked for; ``kernels`` are the names of those that did it."""
         acc, (left, _, top, _) = acc_dtype(x.dtype), self.max_padding
         taps = [row.to(acc) for row in self.rows]
         table, correction = (None if t is None else t.to(acc).contiguous() for t in (self.affine, self.correction))
         address = lambda t: 0 if t is None else t.data_ptr()  # noqa: E731
         src, numbers = x if dy is None else dy, (*ACTS[self.act], 0.0, 0.0)[:2]
-        emulated.max_blur_pool(
+        kernel = emulated.max_blur_pool(
             DTYPES[x.dtype], dy is not None, *x.shape[:2],
             *axes(*self.prepared(x.shape[2:]), *self.taps, self.stride, self.padding, self.pad_mode),
             src.data_ptr(), address(dst), src.stride(), (x if dst is None else dst).stride(), *map(address, taps),
             (list(ACTS).index(self.act), *numbers), address(table), (*self.kernel, top, left, *x.shape[2:]),
             x.data_ptr(), x.stride(), address(correction if dst is not None else None), address(sums),
         )  # fmt: skip
+        self.kernels.append(kernel)
 
     def forward(self, emulated, x, channels_last=False) -> torch.Tensor:
         y, buffer = guarded((*x.shape[:2], *self.truth(x.shape[2:]).blur.out), x.dtype, channels_last)
@@ -380,16 +386,14 @@ class Steps:
         return y
 
     def backward(self, emulated, x, dy, channels_last=False) -> tuple[torch.Tensor, torch.Tensor]:
-        """dx and the sums, which are also the sums where there is no dx."""
+        """dx and the sums."""
         acc = acc_dtype(x.dtype)
         dx, buffer = guarded(x.shape, x.dtype, channels_last)
         sums, sums_buffer = guarded((1, 1, 2, x.shape[1]), acc)
-        self.run(emulated, x, dy=dy, dst=dx, sums=sums)
+        self.run(emulated, x, dy=dy, dst=dx)
+        self.run(emulated, x, dy=dy, sums=sums)
         for guard in (buffer, sums_buffer):
             assert guard[:MARGIN].isnan().all() and guard[-MARGIN:].isnan().all(), "written outside dx or sums"
-        alone = torch.full((2, x.shape[1]), torch.nan, dtype=acc)
-        self.run(emulated, x, dy=dy, sums=alone)
-        assert torch.equal(alone.view(torch.uint8), sums[0, 0].contiguous().view(torch.uint8))
         return dx, sums[0, 0]
 
     def check(self, emulated, x, dy, channels_last=False) -> None:
@@ -451,11 +455,47 @@ def test_steps(emulated, kernel, pad_mode):
         step.check(emulated, x, dy, draw.choice([False, True]))
 
 
+# Windows of a maximum, and what they may see beyond x: nothing, as usual, of unequal sides.
+WINDOWS = {
+    1: [(0, 0, 0, 0)],
+    2: [(0, 0, 0, 0), (0, 1, 0, 1), (1, 0, 1, 0)],
+    3: [(1, 1, 1, 1), (1, 0, 1, 0), (2, 1, 0, 2)],
+}
+STRAIGHT = ["none", "relu", "relu6", "leaky_relu"]
+
+
+@pytest.mark.parametrize("dtype", TUNED_DTYPES, ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kernel", ["nchw", "element", "nhwc"])
+def test_tuned_steps(emulated, kernel, window, dtype):
+    """Rows of whole packs, of none, channels of whole packs: every border, filter and padding, each with an activation."""
+    size, channels_last, acts = MAPS[kernel], kernel == "nhwc", itertools.cycle(STRAIGHT)
+    for k, pad_mode, (i, max_padding) in itertools.product(range(2, 6), BORDERS, enumerate(WINDOWS[window])):
+        affine = exact_affine(size[1]) if (k + i + BORDERS.index(pad_mode)) % 2 else None
+        correction = random(2, size[1], seed=5) if k % 2 else None
+        step = Steps(next(acts), (window, window), max_padding, (k, k), (2, 2), pad_mode, affine, correction)
+        x = coarse(*size, dtype=dtype, seed=k)
+        dy = random(*size[:2], *step.truth(size[2:]).blur.out, dtype=dtype, seed=1)
+        step.check(emulated, in_nan(x, channels_last), in_nan(dy, channels_last), channels_last)
+        down, up, sums = step.kernels
+        # The usual sizes have kernels of their own in NCHW; what is wrapped joins opposite ends of the map.
+        usual = max_padding[0] == (window - 1) // 2 and (kernel != "nchw" or size[3] - 1 <= step.prepared(size[2:])[1])
+        expected = kernel if kernel != "nchw" or usual else "element"
+        assert up == sums == ("any" if pad_mode == "circular" and up == "any" else expected), (step, up)
+        if k not in (3, 4):
+            assert down == "any"
+        elif kernel != "nchw" or max_padding == WINDOWS[window][0]:
+            assert down == ("element" if kernel == "nchw" and window > 1 and pad_mode == "circular" else kernel)
+        else:
+            assert down in (kernel, "element")
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("view", VIEWS)
 def test_steps_on_views(emulated, view, channels_last):
-    step = Steps("relu", (3, 2), (1, 0, 1, 1), (3, 4), (2, 2), "reflect")
-    for dtype in (torch.float32, torch.bfloat16):
+    general = Steps("relu", (3, 2), (1, 0, 1, 1), (3, 4), (2, 2), "reflect")
+    tuned = Steps("relu", (2, 2), (0, 0, 0, 0), (4, 4), (2, 2), "reflect")
+    for dtype, step in itertools.product((torch.float32, torch.bfloat16), (general, tuned)):
         x = VIEWS[view](in_nan(coarse(2, 16, 10, 32, dtype=dtype), channels_last))
         step.affine = exact_affine(x.shape[1])
         dy = random(*x.shape[:2], *step.truth(x.shape[2:]).blur.out, dtype=dtype, seed=1)
@@ -502,6 +542,38 @@ def test_winners(emulated, special, act):
             torch.testing.assert_close(
                 sums.double(), torch.stack([du.sum((0, 2, 3)), moments]), rtol=0, atol=0, equal_nan=True
             )
+
+
+class ExactSteps(Steps):
+    """Through filters of eighths, which add up without rounding."""
+
+    @property
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.tensor(filters.binomial(k)) for k in self.taps)
+
+
+@pytest.mark.parametrize("kernel", ["nchw", "element", "nhwc"])
+@pytest.mark.parametrize("special", SPECIAL)
+def test_tuned_winners(emulated, special, kernel):
+    """The same of the tuned kernels, bit by bit too."""
+    size = {"nchw": (2, 3, 6, 16), "element": (2, 3, 6, 7), "nhwc": (2, 8, 5, 6)}[kernel]
+    channels_last = kernel == "nhwc"
+    for dtype, window, k, act in itertools.product(TUNED_DTYPES, WINDOWS, (3, 4), ("none", "relu", "leaky_relu")):
+        step = ExactSteps(act, (window, window), WINDOWS[window][0], (k, k), (2, 2), "reflect")
+        x = in_nan(SPECIAL[special](coarse(*size, dtype=dtype)), channels_last)
+        truth = step.truth(size[2:])
+        same = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True, check_stride=False)
+        # Not by matrices, in whose products a nan is everywhere.
+        padded = F.pad(truth.prepared(x), [(k - 1) // 2, k // 2] * 2, mode="reflect")
+        filter_2d = torch.outer(*step.rows).double().repeat(size[1], 1, 1, 1)
+        y = F.conv2d(padded, filter_2d, stride=2, groups=size[1])
+        same(step.forward(emulated, x, channels_last), y.to(dtype))
+        dy = coarse(*y.shape, dtype=dtype, seed=1).round()
+        dx, sums = step.backward(emulated, x, in_nan(dy, channels_last), channels_last)
+        du = truth.du(x.clone(), dy)
+        same(dx, du.to(dtype))
+        same(sums, torch.stack([du.sum((0, 2, 3)), (du * x.double()).sum((0, 2, 3))]).float())
+        assert step.kernels == [kernel] * 3
 
 
 def test_too_many_taps_of_a_step(emulated):

@@ -86,4 +86,27 @@ struct Activation {
   }
 };
 
+// Those that are straight on either side of 0 and flat beyond `top`, if any, without a branch: for these kernels are tuned.
+struct Straight {
+  bool flat;     // for negative u, where leaky_relu has the slope a
+  float a, top;  // a is 1 for others, and nothing beyond a top that is nan
+
+  static bool is(Act act) { return act == Act::none || act == Act::relu || act == Act::relu6 || act == Act::leaky_relu; }
+  __device__ explicit Straight(const Prologue& pre)
+      : flat(pre.act == Act::relu || pre.act == Act::relu6),
+        a(pre.act == Act::leaky_relu ? static_cast<float>(pre.a) : 1),
+        top(pre.act == Act::relu6 ? 6 : NAN) {}
+
+  __device__ float value(float u) const {
+    const float low = flat ? 0 : u * a;
+    return u <= 0 ? low : u >= top ? top : u;
+  }
+  __device__ float gradient(float u, float g) const {
+    const bool low = flat ? u <= 0 : !(u > 0);
+    return low ? (flat ? 0 : g * a) : u >= top ? 0 : g;
+  }
+  // What a maximum may compare in place of values: where two of these differ and values do not, none of them has a slope.
+  __device__ float rank(float u) const { return u > 0 ? u : u * a; }
+};
+
 }  // namespace aliasfused

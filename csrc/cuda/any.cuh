@@ -73,6 +73,13 @@ struct Identity {
   HOST_DEVICE acc operator()(acc value, index_t /*channel*/) const {
     return value;
   }
+  static constexpr bool early = false;
+  // For the channels c, c + 1, ... that a thread owns, by their place among these.
+  template <int CHANNELS>
+  struct At {
+    __device__ At(const Identity&, int /*c*/) {}
+    __device__ float operator()(float value, int /*place*/) const { return value; }
+  };
 };
 
 // One channel of one image as a blur reads it.

@@ -28,9 +28,10 @@ __global__ void __launch_bounds__(block_threads)
 
 // ---- stride 2, K shared taps
 
-template <typename scalar_t, int K, typename Lane, typename Pre>
-__global__ void __launch_bounds__(block_threads, K <= 5 ? 3 : 2)
-    blur_down(const __grid_constant__ BlurPool op, const __grid_constant__ Taps<K> taps, const __grid_constant__ Walk walk, const Pre pre) {
+template <typename scalar_t, int K, typename Lane>
+__global__ void __launch_bounds__(block_threads, Lane::blocks)
+    blur_down(const __grid_constant__ BlurPool op, const __grid_constant__ Taps<K> taps, const __grid_constant__ Walk walk,
+              const __grid_constant__ typename Lane::Pre pre) {
   constexpr int M = (K + 1) / 2, V = Lane::values, AHEAD = Lane::ahead;  // M outputs have a pair of rows in common
   index_t n;
   int c, col, begin, end;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(block_threads, K <= 5 ? 3 : 2)
   const Strides &s = op.src_stride, &d = op.dst_stride;
   const scalar_t* __restrict__ src = static_cast<const scalar_t*>(op.src) + n * s.n + c * s.c;
   scalar_t* __restrict__ dst = static_cast<scalar_t*>(op.dst) + n * d.n + c * d.c + col * d.w + begin * d.h;
-  const Lane lane(op, taps, col);
+  Lane lane(op, taps, pre, c, col);
 
   float sum[M][V] = {};  // sum[a]: the output begun a pairs of rows ago
   for (int i = begin; i < end + M - 1; i += AHEAD) {
@@ -50,14 +51,14 @@ __global__ void __launch_bounds__(block_threads, K <= 5 ? 3 : 2)
     for (int r = 0; r < 2 * AHEAD; ++r) {
       const int row = extended_source(2 * i + r - before, in, op.rows.border);
       live[r] = row >= 0;
-      raw[r] = lane.load(src + (live[r] ? row : 0) * s.h);
+      raw[r] = lane.load(src, live[r] ? row : 0);
     }
 #pragma unroll
     for (int b = 0; b < AHEAD; ++b) {
       float x[2][V];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        lane.filter(raw[2 * b + r], pre, c, x[r]);
+        lane.filter(raw[2 * b + r], x[r]);
 #pragma unroll
         for (int v = 0; v < V; ++v) x[r][v] = live[2 * b + r] ? x[r][v] : 0;
       }
@@ -79,10 +80,10 @@ __global__ void __launch_bounds__(block_threads, K <= 5 ? 3 : 2)
   }
 }
 
-template <typename scalar_t, int K, typename Lane, typename Pre>
+template <typename scalar_t, int K, typename Lane>
 __global__ void __launch_bounds__(block_threads, K <= 3 ? 3 : 2)
     blur_up(const __grid_constant__ BlurPool op, const __grid_constant__ Stencils<K> rows, const __grid_constant__ Stencils<K> cols,
-            const __grid_constant__ Walk walk, const Pre pre) {
+            const __grid_constant__ Walk walk) {
   constexpr int V = Lane::values, N = Stencils<K>::size;
   index_t n;
   int c, col, begin, end;
@@ -96,16 +97,16 @@ __global__ void __launch_bounds__(block_threads, K <= 3 ? 3 : 2)
 
   // Rows 2 i - before and its successor read the same N rows of y, the filtered `window`; the next one is on its way.
   float window[N][V] = {};
-  int o = begin + Stencils<K>::lead;
-  typename Lane::Raw next = lane.load(src + clamp(o, out) * s.h);
+  int o = begin - K / 2;
+  typename Lane::Raw next = lane.load(src, clamp(o, out));
   for (int i = begin - (N - 1); i < end; ++i, ++o) {
     const typename Lane::Raw raw = next;
-    next = lane.load(src + clamp(o + 1, out) * s.h);
+    next = lane.load(src, clamp(o + 1, out));
 #pragma unroll
     for (int a = 0; a < N - 1; ++a)
 #pragma unroll
       for (int v = 0; v < V; ++v) window[a][v] = window[a + 1][v];
-    lane.filter(raw, pre, c, window[N - 1]);
+    lane.filter(raw, window[N - 1]);
     if (i < begin) continue;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

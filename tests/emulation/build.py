@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -39,13 +40,15 @@ def build(name: str, own_source: str, *flags: str) -> Path:
     out = folder / name
     if not out.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        objects = []
-        for source in [*sorted((CSRC / "cuda").glob("*.cu")), HERE / own_source]:
-            objects.append(folder / f"{name}.{source.stem}.{os.getpid()}.o")
-            subprocess.run(
-                [compiler, *COMPILE, *INCLUDE, *flags, "-x", "c++", "-c", str(source), "-o", str(objects[-1])],
-                check=True,
-            )
+        sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / own_source]
+        objects = [folder / f"{name}.{source.stem}.{os.getpid()}.o" for source in sources]
+
+        def compiled(source: Path, out: Path) -> None:
+            command = [compiler, *COMPILE, *INCLUDE, *flags, "-x", "c++", "-c", str(source), "-o", str(out)]
+            subprocess.run(command, check=True)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compiled, sources, objects))
         # Linked under another name first: another process may be looking for the finished file.
         fresh = folder / f"{name}.{os.getpid()}"
         subprocess.run([compiler, *flags, *map(str, objects), "-o", str(fresh)], check=True)

@@ -40,3 +40,8 @@ struct alignas(4) __half2 {
   __half x, y;
 };
 inline __half2 __floats2half2_rn(float a, float b) { return {__half(a), __half(b)}; }
+inline __half __hmax_nan(__half a, __half b) {
+  const float x = static_cast<float>(a), y = static_cast<float>(b);
+  return x > y || x != x ? a : b;
+}
+inline __half2 __hmax2_nan(__half2 a, __half2 b) { return {__hmax_nan(a.x, b.x), __hmax_nan(a.y, b.y)}; }

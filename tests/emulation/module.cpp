@@ -80,7 +80,9 @@ PYBIND11_MODULE(emulated, m) {
     op.pre = {static_cast<Act>(std::get<0>(act)), std::get<1>(act), std::get<2>(act), at(affine), static_cast<int>(window[0]),
               static_cast<int>(window[1]),        window[2],        window[3],        window[4],  window[5]};
     op.x = at(x), op.x_stride = strides_of(x_stride), op.correction = at(correction), op.sums = at(sums);
-    check(max_blur_pool_cuda(op, nullptr));
+    std::vector<double> scratch(max_blur_pool_scratch(op));
+    check(max_blur_pool_cuda(op, scratch.data(), nullptr));
+    return max_blur_pool_cuda_kernel(op);
   });
   m.def("channel_moments_scratch", [](int dtype, std::array<index_t, 4> shape, uintptr_t x, std::array<index_t, 4> stride) {
     return channel_moments_scratch(moments_of(dtype, shape, x, stride));

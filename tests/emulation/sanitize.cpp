@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cuda/act.cuh"
 #include "cuda/adaptive_blur_pool.h"
 #include "cuda/batch_norm.h"
 #include "cuda/blur_pool.h"
@@ -78,26 +79,33 @@ void run(Dtype dtype, index_t c, index_t h, index_t w, int k, int stride, Border
   }
 }
 
-// A maximum over kh x kw that sees as far beyond x as it may, then a blur of k taps.
+// A maximum over kh x kw that sees as far beyond x as it may, or as is usual, then a blur of k taps.
 template <typename scalar_t>
-void run_step(Dtype dtype, Act act, index_t c, index_t h, index_t w, int kh, int kw, int k, int stride, Border border, bool channels_last) {
+void run_step(Dtype dtype, Act act, index_t c, index_t h, index_t w, int kh, int kw, int k, int stride, Border border, bool channels_last,
+              bool usual = false) {
   using acc = acc_t<scalar_t>;
   const index_t n = 2, before = (k - 1) / 2;
   const auto axis = [&](index_t in) { return Axis{in, (in - 1) / stride + 1, before, k, stride, border}; };
-  const Axis rows = axis(h + kh - 1), cols = axis(w + kw - 1);
+  const int top = usual ? (kh - 1) / 2 : kh - 1, left = usual ? (kw - 1) / 2 : kw - 1;
+  const Axis rows = axis(h + 2 * top - kh + 1), cols = axis(w + 2 * left - kw + 1);
+  if (rows.in < 1 || cols.in < 1) return;
   const auto elements = [&](index_t rows, index_t cols) { return static_cast<size_t>(n * c * rows * cols); };
   Buffer<acc> taps(k, 1.0f / k), affine(3 * c, 1), correction(2 * c, 1), sums(2 * c, NAN);
   Buffer<scalar_t> x(elements(h, w), 1), y(elements(rows.out, cols.out), NAN), dy(elements(rows.out, cols.out), 1), dx(elements(h, w), NAN);
   const Strides small = layout(channels_last, c, rows.out, cols.out), large = layout(channels_last, c, h, w);
   MaxBlurPool op{};
   op.blur = {dtype, false, n, c, rows, cols, x.data, y.data, large, small, taps.data, taps.data, false};
-  op.pre = {act, 0.5, 2, affine.data, kh, kw, kh - 1, kw - 1, h, w};
-  if (max_blur_pool_cuda(op, nullptr)) std::abort();
-  y.expect_written("max_blur_any");
+  op.pre = {act, 0.5, 2, affine.data, kh, kw, top, left, h, w};
+  if (max_blur_pool_cuda(op, nullptr, nullptr)) std::abort();
+  y.expect_written(max_blur_pool_cuda_kernel(op));
   op.blur.adjoint = true, op.blur.src = dy.data, op.blur.dst = dx.data, op.blur.src_stride = small, op.blur.dst_stride = large;
-  op.x = x.data, op.x_stride = large, op.correction = correction.data, op.sums = sums.data;
-  if (max_blur_pool_cuda(op, nullptr)) std::abort();
-  dx.expect_written("max_blur_grad"), sums.expect_written("max_blur_sums");
+  op.x = x.data, op.x_stride = large, op.correction = correction.data;
+  if (max_blur_pool_cuda(op, nullptr, nullptr)) std::abort();
+  dx.expect_written(max_blur_pool_cuda_kernel(op));
+  op.blur.dst = nullptr, op.sums = sums.data;
+  Buffer<double> scratch(max_blur_pool_scratch(op), NAN);
+  if (max_blur_pool_cuda(op, scratch.data, nullptr)) std::abort();
+  sums.expect_written(max_blur_pool_cuda_kernel(op)), scratch.expect_written("shares of sums");
   cases += 3;
 }
 
@@ -184,6 +192,15 @@ int main() {
         const int kh = 1 + turn % 3, kw = 1 + turn / 3 % 3, k = 1 + turn % 5, stride = 1 + turn % 3;
         run_step<float>(Dtype::float32, static_cast<Act>(act), 3, size[0], size[1], kh, kw, k, stride, border, channels_last);
         run_step<__nv_bfloat16>(Dtype::bfloat16, static_cast<Act>(act), 1, size[0], size[1], kh, kw, k, 2, border, channels_last);
+        if (!Straight::is(static_cast<Act>(act))) continue;
+        // What kernels are tuned for.
+        for (const int window : {1, 2, 3})
+          for (const int taps : {2, 3, 4, 5}) {
+            run_step<float>(Dtype::float32, static_cast<Act>(act), 4, size[0], size[1], window, window, taps, 2, border, channels_last,
+                            true);
+            run_step<__nv_bfloat16>(Dtype::bfloat16, static_cast<Act>(act), 8, size[0], size[1], window, window, taps, 2, border,
+                                    channels_last, true);
+          }
         if (act % 3) continue;
         run_step<__half>(Dtype::float16, static_cast<Act>(act), 2, size[0], size[1], kw, kh, k, 2, border, channels_last);
         run_step<double>(Dtype::float64, static_cast<Act>(act), 2, size[0], size[1], kh, kw, 9, stride, border, channels_last);

@@ -84,10 +84,10 @@ def channels_at(offset, left, inside, step, LAYOUT: tl.constexpr, ALIGN: tl.cons
     inside = deep(inside, LAYOUT)
     if not LAYOUT.whole:
         inside &= channel < deep(left, LAYOUT)
-    offset = deep(offset, LAYOUT)
+    offset = deep(offset, LAYOUT) + channel.to(tl.int64) * step
     if ALIGN > 1:
         offset = tl.multiple_of(offset, (1, 1, ALIGN))
-    return offset + channel.to(tl.int64) * step, inside
+    return offset, inside
 
 
 @triton.jit

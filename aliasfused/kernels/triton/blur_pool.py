@@ -93,13 +93,13 @@ def patch(
                         pixels, taps_w, w, dst_width, e, STRIDE_W, LEFT, RIGHT, BORDER, IN_W, EXACT_W
                     )
                 else:
-                    row = row + blur_sum(pixels, taps_w, STRIDE_W * e)
+                    row = row + blur_sum(pixels, taps_w, STRIDE_W * e, 1)
             rows = rows + (row,)
         o = strip * DST_H + m
         if ADJOINT:
             sums = adjoint_sum(rows, taps_h, o, dst_height, m, STRIDE_H, TOP, BOTTOM, BORDER, IN_H, EXACT_H)
         else:
-            sums = blur_sum(rows, taps_h, m * STRIDE_H)
+            sums = blur_sum(rows, taps_h, m * STRIDE_H, DST_W)
         offset = n * dst_n_stride + c * dst_c_stride + o.to(tl.int64) * dst_h_stride
         store_row(
             dst, offset, dst_w_stride, group * DST_W, dst_width, inside & (o < dst_height), sums, DST_W, DST_ALIGN, CHANNELS_LAST

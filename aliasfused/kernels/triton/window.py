@@ -134,10 +134,11 @@ def may_read(p, k, before, after, border):
 
 
 @triton.jit
-def blur_sum(values, taps, BEGIN: tl.constexpr):
-    """sum_p taps[p] * values[BEGIN + p], where each of the values is a tuple of tensors, and so is the sum."""
+def blur_sum(values, taps, BEGIN: tl.constexpr, SIZE: tl.constexpr):
+    """sum_p taps[p] * values[BEGIN + p], where each of the values is a tuple of SIZE tensors, and so is the sum."""
+    # Triton 3.6 takes calls for the same where only the nesting of the tuples differs, so that SIZE tells them apart.
     totals = ()
-    for e in tl.static_range(len(values[0])):
+    for e in tl.static_range(SIZE):
         total = taps[0] * values[BEGIN][e]
         for p in tl.static_range(1, len(taps)):
             total += taps[p] * values[BEGIN + p][e]
