@@ -67,11 +67,13 @@ fi
 stage backends 40 "$python" -m aliasfused
 
 checks=()
-export OMP_NUM_THREADS=2
 if "$python" -c 'import pytest' 2>/dev/null; then
   workers=$("$python" -c 'import os, xdist; print("-n", max(1, os.cpu_count() // 3))' 2>/dev/null)
   # shellcheck disable=SC2086
-  contract() { stage "$1" "$2" "$python" -m pytest tests/test_contract.py --device cuda -q -p no:cacheprovider $workers -k "$3"; }
+  contract() {
+    stage "$1" "$2" env OMP_NUM_THREADS=2 "$python" -m pytest tests/test_contract.py --device cuda -q -p no:cacheprovider \
+      $workers -k "$3"
+  }
   contract contract 110 "not triton" & checks+=($!)
   # Each of its kernels is compiled when it is first called, which takes longer than all else: one dtype, one layout.
   contract contract_triton 110 "triton and float32-nchw" & checks+=($!)
@@ -87,7 +89,6 @@ else
   missing compute-sanitizer "memcheck and racecheck did not run"
 fi
 for check in "${checks[@]}"; do wait "$check" || failed=1; done
-unset OMP_NUM_THREADS
 
 # What is left of 530 seconds.
 left=$((530 - SECONDS))

@@ -52,10 +52,10 @@ Tensor table(const Tensor& values, int64_t rows, const Tensor& x, const char* na
 }
 
 int64_t prepared(const char* name, int64_t size, int64_t kernel, int64_t before, int64_t after) {
-  STD_TORCH_CHECK(
-      kernel >= 1 && kernel < 128 && before >= 0 && after >= 0 && before < kernel && after < kernel && size + before + after >= kernel,
-      "aliasfused: a maximum over ", kernel, " of ", name, " ", size, " with padding (", before, ", ", after,
-      ") is none: the padding must be less than the window, and the window no more than the padded map");
+  STD_TORCH_CHECK(size >= 1 && kernel >= 1 && kernel < 128 && before >= 0 && after >= 0 && before < kernel && after < kernel &&
+                      size + before + after >= kernel,
+                  "aliasfused: a maximum over ", kernel, " of ", name, " ", size, " with padding (", before, ", ", after,
+                  ") is none: the padding must be less than the window, and the window no more than the padded map, which has pixels");
   return size + before + after - kernel + 1;
 }
 

@@ -274,6 +274,17 @@ STEPS = (
     StepCase("short rows, a window of unequal sides", (19, 25), (3, 3), pad_mode="circular", kernel=(3, 2), act="relu6"),
     StepCase("rows longer than what is taken at once", (3, 113), (3, 3), kernel=(2, 2), channels=33, act="relu", batch=1),
     StepCase("channels that fill vectors", (6, 7), kernel=(2, 2), channels=64, batch=1, affine=True, act="relu"),
+    *(
+        StepCase(
+            "rows and channels of whole vectors", (18, 32), (k, k), act=act, act_args=args, kernel=(window, window),
+            max_padding=((window - 1) // 2,) * 4, channels=16, affine=affine,
+        )
+        for window, k, act, args, affine in (
+            (1, 4, "relu", (), False), (1, 3, "leaky_relu", (0.1,), True), (2, 4, "relu", (), False),
+            (2, 3, "relu6", (), True), (3, 4, "none", (), False), (3, 3, "relu", (), True),
+        )
+    ),
+    StepCase("channels of many tiles, of which the last is not full", (8, 9), kernel=(2, 2), channels=530, batch=1, act="relu"),
     StepCase("one channel, where memory formats are ambiguous", (8, 17), (3, 3), kernel=(2, 2), channels=1),
     StepCase("an empty batch", (7, 9), batch=0, kernel=(2, 2), affine=True),
 )  # fmt: skip

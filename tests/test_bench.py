@@ -333,7 +333,7 @@ def test_layers_with_predicted_filters_do_the_same_and_keep_less(tmp_path: Path)
 def test_what_the_sanitizer_sees_runs(capsys):
     """On a CPU, where nobody watches: that the calls are right ones."""
     sanitize.main("cpu")
-    assert capsys.readouterr().out == "64 cases\n"
+    assert capsys.readouterr().out == "256 cases\n"
 
 
 def test_the_bars_of_layers():

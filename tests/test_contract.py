@@ -225,11 +225,15 @@ def test_nothing_flows_back_where_an_activation_is_flat(backend, act, device):
 
 
 def test_step_backward(backend, step, dtype, layout, device):
-    """x in the layout of the row, dy in the one after it; with a correction where there is an affine."""
+    """x in the layout of the row, dy in the one after it, where the row's is dense in that too; with a correction if an affine."""
     names = list(LAYOUTS)
     x = laid_out(coarse(*step.shape, dtype=dtype), layout, device)
     values = random(*step.shape[:2], *step.out, dtype=dtype, seed=1)
-    dy = laid_out(values, names[(names.index(layout) + 1) % len(names)], device)
+    for other in (names[(names.index(layout) + 1) % len(names)], *[layout] * (layout in ("nchw", "nhwc"))):
+        check_step_backward(backend, step, dtype, x, laid_out(values, other, device), device)
+
+
+def check_step_backward(backend, step, dtype, x, dy, device):
     told = Told(step, dtype, device)
     dx = checked(backend, OPS.max_blur_pool_bwd, dy, x, told.affine, told.correction, *told.rest)
     sums = checked(backend, OPS.max_blur_pool_sums, dy, x, told.affine, *told.rest)

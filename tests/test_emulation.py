@@ -490,6 +490,17 @@ def test_tuned_steps(emulated, kernel, window, dtype):
             assert down in (kernel, "element")
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+def test_tiles_of_channels_that_are_not_full(emulated, window):
+    """In packs, and one by one."""
+    for dtype, channels in itertools.product((torch.float32, torch.bfloat16), (140, 13)):
+        step = Steps("relu", (window, window), WINDOWS[window][0], (4, 4), (2, 2), affine=exact_affine(channels))
+        x = coarse(3, channels, 6, 7, dtype=dtype)
+        dy = random(3, channels, *step.truth((6, 7)).blur.out, dtype=dtype, seed=1)
+        step.check(emulated, in_nan(x, True), in_nan(dy, True), True)
+        assert step.kernels[2] == ("nhwc" if channels == 140 else "element")
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("view", VIEWS)
 def test_steps_on_views(emulated, view, channels_last):

@@ -40,22 +40,24 @@ __device__ inline void store(const float (&value)[N], scalar_t* to) {
 // so that whatever the layout and however small the map, blocks are full and a warp's addresses adjoin.
 struct Walk {
   uint32_t tile, cols, tiles, strips, threads;
-  int begin, end, rows;   // the rows there are (of the adjoint: pairs of rows), and how many a strip has
-  uint32_t in_block = 0;  // if not 0, each block has one tile of channels, at so many positions, to add up
+  int begin, end, rows;  // the rows there are (of the adjoint: pairs of rows), and how many a strip has
+  // Where sums are wanted, of `channels`: each block has one tile of these, at so many of the positions. Else 0.
+  uint32_t in_block = 0, positions = 0, channels = 0;
 
   // False for threads beyond the last. Units of a lane's channels and columns; [first, last) are its strip's rows.
   __device__ bool place(index_t& n, int& c, int& col, int& first, int& last) const {
-    uint32_t index = blockIdx.x * block_threads + threadIdx.x;
-    const uint32_t in_tile = index % tile;
+    uint32_t index;
     if (in_block) {
       const uint32_t row = threadIdx.x / tile;
       index = blockIdx.x / tiles * in_block + row;
       c = static_cast<int>(blockIdx.x % tiles * tile + threadIdx.x % tile);
-      if (row >= in_block || index >= threads / (tile * tiles)) return false;
+      if (row >= in_block || index >= positions || static_cast<uint32_t>(c) >= channels) return false;
       col = static_cast<int>(index % cols);
       index /= cols;
     } else {
+      index = blockIdx.x * block_threads + threadIdx.x;
       if (index >= threads) return false;
+      const uint32_t in_tile = index % tile;
       index /= tile;
       col = static_cast<int>(index % cols);
       index /= cols;
@@ -70,7 +72,7 @@ struct Walk {
 
   // parts[share, i, channel] = the sums of a block's sum[i], over threads that own the same C channels.
   template <int N, int C>
-  __device__ void add_up(const float (&sum)[N][C], double* parts, int c, index_t channels) const {
+  __device__ void add_up(const float (&sum)[N][C], double* parts, int c) const {
     __shared__ double partial[block_threads];
     const unsigned row = threadIdx.x / tile;
 #pragma unroll
@@ -86,7 +88,8 @@ struct Walk {
           __syncthreads();
           left = half;
         }
-        if (row == 0) parts[(blockIdx.x / tiles * N + i) * channels + c * C + v] = total;
+        if (row == 0 && static_cast<uint32_t>(c) < channels)
+          parts[(static_cast<index_t>(blockIdx.x / tiles) * N + i) * channels * C + c * C + v] = total;
       }
   }
 };
@@ -147,7 +150,7 @@ struct Channels {
   int offset[N];
   float tap[N];
 
-  // A term that does not exist has tap 0 and stands on a neighbour.
+  // A term that does not exist has tap 0 and stands on a neighbour: where that is infinite, 0 becomes nan.
   template <int K>
   __device__ Channels(const BlurPool& op, const Taps<K>& taps, const Pre& pre, int c, int col) : step(op.src_stride.h), pre(pre, c) {
     const int in = static_cast<int>(op.cols.in);

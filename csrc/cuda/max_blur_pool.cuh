@@ -1,4 +1,5 @@
-// Kernels of a blur with a prologue, in plain CUDA C++: nvcc compiles them, and g++ runs the same text under tests/emulation.
+// General kernels of a blur with a prologue, in plain CUDA C++: nvcc compiles them, and g++ runs the same text under
+// tests/emulation. Tuned ones are in max_lanes.cuh and max_up.cuh.
 //
 //   max_blur_any    y, one thread a result
 //   max_blur_grad   dx, one thread a pixel

@@ -39,14 +39,14 @@ struct Up {
     else kernel = MaxKernel::element;
 
     const int c = kernel == MaxKernel::nhwc ? channels : 1, p = kernel == MaxKernel::nhwc ? columns : kernel == MaxKernel::nchw ? row : 1;
-    const index_t tile = dx.stride.c == 1 ? tile_bytes / (c == 1 ? 16 : c * sizeof(scalar_t)) : 1;
+    const index_t tile = dx.stride.c == 1 ? tile_bytes / (c == 1 ? 16 : c * sizeof(scalar_t)) : 1, groups = blur.channels / c;
     const int first = static_cast<int>((pre.top + rows.before) / 2),
               end = static_cast<int>((pre.height - 1 + pre.top + rows.before) / 2) + 1;
-    walk = walk_of(blur.batch, blur.channels / c, divide_up(pre.width, p), tile, first, end);
+    walk = walk_of(blur.batch, groups, divide_up(pre.width, p), tile, first, end);
     if (!op.sums) return;
-    walk.in_block = block_threads / walk.tile;
-    shares = walk.in_block ? divide_up(walk.threads / (walk.tile * walk.tiles), walk.in_block) : 0;
-    if (shares == 0) kernel = MaxKernel::any;  // more channels than threads, and no tile of them
+    walk.tile = static_cast<uint32_t>(std::min(tile, groups)), walk.tiles = static_cast<uint32_t>(divide_up(groups, walk.tile));
+    walk.channels = static_cast<uint32_t>(groups), walk.positions = walk.threads / walk.channels;
+    walk.in_block = block_threads / walk.tile, shares = divide_up(walk.positions, walk.in_block);
   }
 
   const char* run(const MaxBlurPool& op, double* parts, void* stream) const {

@@ -8,7 +8,9 @@
 
 namespace aliasfused {
 
-// x itself or its relu. Neither changes which of two pixels is larger: a maximum may come first, of pixels as they lie in memory.
+// What pixels pass through; those that are `early` do so before a maximum is taken of them, the others after it.
+
+// x itself or its relu. Neither changes which of two pixels is larger, so that a maximum is of pixels as they lie in memory.
 struct Plain {
   Prologue told;
   static constexpr bool early = false;

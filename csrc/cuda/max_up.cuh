@@ -35,7 +35,6 @@ struct Ascent {
   static constexpr unsigned bit(int z, int c) { return 1u << (z * C + c); }
 
   const MaxBlurPool& op;
-  const Stencils<K>& stencils;
   const int width, col;
   Straight act;
   float center[C], scale[C], shift[C], tap[Z][N];
@@ -43,7 +42,7 @@ struct Ascent {
   int at_y[reads], at_side[2 * (W - 1) + 1];
 
   __device__ Ascent(const MaxBlurPool& op, const Stencils<K>& stencils, int c, int col)
-      : op(op), stencils(stencils), width(static_cast<int>(op.pre.width)), col(col), act(op.pre) {
+      : op(op), width(static_cast<int>(op.pre.width)), col(col), act(op.pre) {
     const float* table = static_cast<const float*>(op.pre.affine);
     const index_t channels = op.blur.channels;
 #pragma unroll
@@ -108,7 +107,7 @@ struct Ascent {
 
   __device__ Best best(const Line& line, int h) const {
     const bool is_row = h >= 0 && h < op.pre.height;
-    Best best{};
+    Best found{};
 #pragma unroll
     for (int c = 0; c < C; ++c) {
       float rank[X];
@@ -132,11 +131,11 @@ struct Ascent {
         }
 #pragma unroll
         for (int b = 1; b < W; ++b)
-          if (place == b) best.at[b - 1] |= bit(z, c);
-        best.most[z][c] = is_row ? most : -INFINITY;
+          if (place == b) found.at[b - 1] |= bit(z, c);
+        found.most[z][c] = is_row ? most : -INFINITY;
       }
     }
-    return best;
+    return found;
   }
 
   // The windows whose rows are those of `best`, the first of them row h of x: each adds its gradient to that of its winner.
@@ -270,7 +269,7 @@ __global__ void __launch_bounds__(block_threads, 2)
       }
     }
   }
-  if (parts) walk.add_up(sum, parts, c, blur.channels);
+  if (parts) walk.add_up(sum, parts, c);
 }
 
 // sums[i] = parts[0][i] + parts[1][i] + ..., of `count` each, neighbouring ones by neighbouring threads.
@@ -283,10 +282,9 @@ __global__ void __launch_bounds__(block_threads)
   double sum = 0;
   if (i < count)
     for (index_t s = row; s < shares; s += rows) sum += parts[s * count + i];
-  for (int half = rows / 2;; half /= 2) {
+  for (int half = rows / 2; half > 0; half /= 2) {
     partial[threadIdx.x] = sum;
     __syncthreads();
-    if (half == 0) break;
     if (row < half) sum += partial[threadIdx.x + half * tile];
     __syncthreads();
   }

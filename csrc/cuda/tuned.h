@@ -11,7 +11,7 @@ namespace aliasfused {
 constexpr int most_rows = 16;                // of a strip; a strip begins by reading rows that its neighbour reads too
 constexpr index_t enough_threads = 1 << 17;  // to fill a large GPU
 constexpr index_t int_limit = 0x7fffffff;
-constexpr int tile_bytes = 128;  // of channels for neighbouring threads; more would leave fewer columns, and less to share, to a block
+constexpr int tile_bytes = 128;  // of channels, where a thread has a pack of them, for neighbours; more would leave a block fewer columns
 
 template <typename scalar_t>
 constexpr int vector = 16 / static_cast<int>(sizeof(scalar_t));  // 16 bytes are the widest load

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <stdexcept>
 #include <tuple>
 
@@ -80,7 +81,7 @@ PYBIND11_MODULE(emulated, m) {
     op.pre = {static_cast<Act>(std::get<0>(act)), std::get<1>(act), std::get<2>(act), at(affine), static_cast<int>(window[0]),
               static_cast<int>(window[1]),        window[2],        window[3],        window[4],  window[5]};
     op.x = at(x), op.x_stride = strides_of(x_stride), op.correction = at(correction), op.sums = at(sums);
-    std::vector<double> scratch(max_blur_pool_scratch(op));
+    std::vector<double> scratch(max_blur_pool_scratch(op), std::nan(""));
     check(max_blur_pool_cuda(op, scratch.data(), nullptr));
     return max_blur_pool_cuda_kernel(op);
   });
