@@ -99,7 +99,9 @@ def activation(u: torch.Tensor, act: str, args: List[float]) -> torch.Tensor:  #
         return F.gelu(u, approximate="tanh")
     if act == "hardswish":
         # On a GPU torch's own is no more accurate for float64 than for float32.
-        return u * F.relu6(u + 3) / 6 if u.dtype == torch.float64 else F.hardswish(u)
+        if u.dtype == torch.float64:
+            return torch.where(u > -3, u * F.relu6(u + 3) / 6, torch.zeros_like(u))
+        return F.hardswish(u)
     if act == "leaky_relu":
         return F.leaky_relu(u, args[0])
     if act == "softplus":
