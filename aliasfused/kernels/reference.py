@@ -98,9 +98,9 @@ def activation(u: torch.Tensor, act: str, args: List[float]) -> torch.Tensor:  #
     if act == "gelu_tanh":
         return F.gelu(u, approximate="tanh")
     if act == "hardswish":
-        # On a GPU torch's own is no more accurate for float64 than for float32.
-        if u.dtype == torch.float64:
-            return torch.where(u > -3, u * F.relu6(u + 3) / 6, torch.zeros_like(u))
+        # On a GPU the values of torch's own are no more accurate in float64 than in float32; its slope is, and right at corners.
+        if u.dtype == torch.float64 and not u.requires_grad:
+            return u * F.relu6(u + 3) / 6
         return F.hardswish(u)
     if act == "leaky_relu":
         return F.leaky_relu(u, args[0])
