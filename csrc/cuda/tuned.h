@@ -40,8 +40,7 @@ bool is_tuned(const Axis& axis) {
   return axis.stride == 2 && axis.before < K && axis.last() - axis.in < K && axis.in <= int_limit / 4;
 }
 
-// How results are shared out, in units of a lane's channels and columns, whose `tile` neighbouring channels adjoin; none where
-// they are too many.
+// How results are shared out, in units of a lane's channels and columns, whose `tile` neighbouring channels adjoin.
 inline Walk walk_of(index_t batch, index_t channels, index_t columns, index_t tile, int first, int end) {
   const index_t across = batch * channels * columns, height = end - first;
   tile = channels % tile == 0 ? tile : channels;
